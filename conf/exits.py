@@ -1,0 +1,68 @@
+"""Numbered exit codes, each with a line of help, and the one error that carries them.
+
+A user's mistake raises `Stop`: the message says what was wrong, what was given, what is accepted
+and what to change. Command lines print it as one line and leave with its number.
+"""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How a command ends. Numbers are stable: scripts may rely on them."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    CONFIG = 10
+    UNKNOWN_NAME = 11
+    NO_ROUNDS = 12
+    NO_CASES = 20
+    ONE_PATIENT = 21
+    TOO_MANY_SITES = 22
+    SPLIT_LEAK = 23
+    PARTLY = 24
+    NO_DATA_ROOT = 25
+    CACHE_DAMAGED = 26
+    RUN_EXISTS = 30
+    NO_RUN = 31
+    CHECKPOINT_DAMAGED = 32
+    DISK_FULL = 33
+    TOO_FEW_REPLIES = 40
+    SITE_REFUSED = 41
+    INTERRUPTED = 130
+
+
+HELP: dict[Exit, str] = {
+    Exit.OK: "everything asked for was done",
+    Exit.INTERNAL: "a defect of wardround; run again with --debug and report the traceback",
+    Exit.USAGE: "the command line could not be understood; see --help",
+    Exit.CONFIG: "a setting has the wrong type or is out of range; the message names it",
+    Exit.UNKNOWN_NAME: "no such task, model, loss or strategy; the message lists the known ones",
+    Exit.NO_ROUNDS: "federation.rounds must be at least 1",
+    Exit.NO_CASES: "no usable case was found; check data.root, the manifest and its columns",
+    Exit.ONE_PATIENT: "one patient cannot be split into training and test; add patients",
+    Exit.TOO_MANY_SITES: "a site has no patient to train on; use fewer sites",
+    Exit.SPLIT_LEAK: "a patient stands in two splits; correct the manifest's split column",
+    Exit.PARTLY: "some cases were refused, each listed with its reason; the others are usable",
+    Exit.NO_DATA_ROOT: "data.root does not exist or cannot be read",
+    Exit.CACHE_DAMAGED: "a cached case does not match its digest; remove the cache and ingest again",
+    Exit.RUN_EXISTS: "the run directory exists; choose another run.dir or use wardround resume",
+    Exit.NO_RUN: "this directory is not a wardround run",
+    Exit.CHECKPOINT_DAMAGED: "no intact checkpoint is left that this run can continue from",
+    Exit.DISK_FULL: "the disk is full; nothing was lost: free space and use wardround resume",
+    Exit.TOO_FEW_REPLIES: "fewer valid replies than federation.min_replies; see journal.jsonl",
+    Exit.SITE_REFUSED: "a site refused the plan; its code is in the message",
+    Exit.INTERRUPTED: "interrupted; wardround resume continues the run",
+}
+
+
+class Stop(ValueError):
+    """A run or command ends here, for a reason its user can act on.
+
+    Attributes:
+        exit: the numbered exit code.
+    """
+
+    def __init__(self, exit: Exit, message: str) -> None:
+        super().__init__(message)
+        self.exit = exit

@@ -1,0 +1,168 @@
+"""The plan: all that a site is asked to do. Types and bounds only; names are resolved where they are used.
+
+A `Plan` holds names and scalars, never code paths. It travels once, as canonical JSON; every later
+instruction carries its SHA-256. `Settings` adds what only the coordinator or the researcher needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Scalar = bool | int | float | str | None
+Value = Scalar | list[Scalar] | dict[str, Scalar]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+
+
+class Frozen(BaseModel):
+    """Immutable, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Section(BaseModel):
+    """A name in one of the tables, and that entry's own parameters (checked when it is built)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, Value] = Field(init=False)
+    name: Name
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Local(Frozen):
+    """Training at one site in one round."""
+
+    steps: int = Field(10, ge=1, le=1_000_000)
+    batch_size: int = Field(2, ge=0, le=65_536, description="patients per step; 0 = all of them")
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0, le=100)
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 = not clipped")
+    threads: int = Field(1, ge=1, le=256, description="torch threads; changes bits")
+    micro_chunk: int = Field(0, ge=0, description="examples per backward pass; 0 = the batch; changes bits")
+
+
+class Privacy(Frozen):
+    """Differential privacy. `none`: exact updates leave the site (simulation and public data)."""
+
+    mode: Literal["none"] = "none"
+
+
+class Federation(Frozen):
+    """The round: who is asked, how many must answer, what a sum may hold."""
+
+    rounds: int = Field(10, ge=1, le=1_000_000)
+    cohort: int = Field(0, ge=0, description="sites asked per round; 0 = all")
+    min_replies: int = Field(1, ge=1)
+    round_timeout_s: float = Field(0.0, ge=0, description="deadline of one ask; 0 = none")
+    evaluate_every: int = Field(1, ge=0, description="rounds between evaluations; 0 = only the last")
+    weight: Literal["patients", "equal"] = "patients"
+    max_weight: int = Field(4096, ge=1, le=2**20, description="a site's weight is capped here")
+    max_value: float = Field(64.0, gt=0, le=2.0**20, description="largest |value| a reply may hold")
+    scores: Literal["raw", "binned"] = "raw"
+
+
+class Plan(Frozen):
+    """What every site of a run agrees to."""
+
+    version: Literal[1] = 1
+    seed: int = Field(0, ge=0, lt=2**63)
+    task: Section
+    model: Section
+    loss: Section
+    local: Local = Local()
+    strategy: Section
+    privacy: Privacy = Privacy()
+    federation: Federation = Federation()
+
+    def canonical(self) -> str:
+        """Canonical JSON: sorted keys, no spaces. What `plan.json` holds and what travels."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+class Columns(Frozen):
+    """Names of the manifest's columns."""
+
+    image: str = "image"
+    label: str | None = "label"
+    patient: str | None = None
+    site: str | None = None
+    split: str | None = None
+
+
+class Data(Frozen):
+    """Where a simulation's cases come from (a hospital sets the same in `site.yaml`)."""
+
+    root: str
+    cache: str | None = None
+    manifest: str | None = Field(None, description="CSV below root; none = DICOM or image/label folders")
+    columns: Columns = Columns()
+    label_map: dict[int, int] | Literal["nonzero"] | None = Field(
+        None, description="file values to classes; nonzero: 0 stays 0, every other value is 1"
+    )
+    sites: int = Field(0, ge=0, description="deal patients out to this many sites when there is no site column")
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training patients held for validation")
+    test_fraction: float = Field(0.2, ge=0, lt=1, description="only where there is no split column")
+    split_seed: int = Field(0, ge=0)
+
+
+class Run(Frozen):
+    """Where the run is written."""
+
+    dir: str | None = None
+    experiment: str = "simulate"
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class Runtime(Frozen):
+    """What carries the round. It never changes the result."""
+
+    name: Literal["local"] = "local"
+    workers: int = Field(0, ge=0, le=1024, description="processes; 0 = one per core")
+    device: str = "auto"
+
+
+class Settings(Frozen):
+    """A simulation: the plan, and what only the one who runs it needs."""
+
+    plan: Plan
+    data: Data
+    run: Run = Run()
+    runtime: Runtime = Runtime()
+    baselines: tuple[Literal["pooled", "local", "trivial"], ...] = ("trivial",)
+
+    @model_validator(mode="after")
+    def _quorum(self) -> Settings:
+        f = self.plan.federation
+        if f.cohort and f.min_replies > f.cohort:
+            raise ValueError(
+                f"federation.min_replies is {f.min_replies}; need at most federation.cohort = {f.cohort}"
+            )
+        return self
+
+
+def complaint(error: ValidationError, prefix: str = "") -> str:
+    """One line from pydantic's first complaint: which setting, what was given, what is accepted."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = prefix + ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{where or 'setting'} is missing; it is needed"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where} is not a setting; remove it or correct its name"
+    if not first["loc"]:
+        return message
+    return f"{where} is {first['input']!r}; {message[0].lower() + message[1:]}"

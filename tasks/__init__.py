@@ -1,0 +1,10 @@
+"""What one site learns. Nothing here knows of federation, of Flower, of Ray or of Hydra."""
+
+from conf.table import Table
+
+TASKS = Table(
+    "task",
+    {
+        "segmentation": "tasks.segmentation:Segmentation",
+    },
+)

@@ -1,0 +1,154 @@
+"""Case, task, phase: what a site holds and what it is asked to learn.
+
+Shapes: `C` channels, `H W` rows and columns of a 2D image, `H W D` the axes x, y, z of a volume in
+RAS+ order, `B` examples. Spacing is in mm, in the order of the array's axes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from conf.schema import Plan
+    from tasks.metrics import Statistics
+
+Batch = Mapping[str, Tensor]
+Sums = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One examination of one patient, as it came: native grid, raw intensities.
+
+    Attributes:
+        key: names the case in reports that stay at the site (a content digest).
+        patient: pseudonymous patient key. The patient is the unit of splits, sampling, privacy, scores.
+        images: name to `CHW[D]` float32; absent inputs are absent keys.
+        masks: name to `HW[D]` uint8 of class indices; absent where nobody annotated.
+        affine: 4x4 float64, array index to RAS+ mm (2D: rows and columns, identity scale if unknown).
+        spacing: mm, one per spatial axis.
+        labels: name to number. table: clinical columns. groups: coded columns for subgroup scores.
+    """
+
+    key: str
+    patient: str
+    images: Mapping[str, Tensor]
+    affine: Tensor
+    spacing: tuple[float, ...]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, float] = field(default_factory=dict)
+    table: Mapping[str, float] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one case, on the case's own grid.
+
+    Attributes:
+        masks: name to `HW[D]` uint8. images: name to `CHW[D]`. scores: name to numbers.
+    """
+
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def everything(name: str) -> bool:
+    """Every parameter: what a phase with one model trains."""
+    return True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of step of the local loop.
+
+    Attributes:
+        name: names the phase in statistics.
+        parameters: which parameters (by name) it moves.
+        loss: `loss(model, batch) -> Tensor[B]`, one value per example: no example's loss may depend
+            on another example, so that a patient's gradient can be clipped.
+        private: whether it reads patients. One that does not gets `batch=None`.
+        every: it runs at every `every`-th step.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Batch | None], Tensor]
+    parameters: Callable[[str], bool] = everything
+    private: bool = True
+    every: int = 1
+
+
+class Trivial(Protocol):
+    """A predictor that needs no learning or hardly any: additive sums over cases, then a rule."""
+
+    def accumulate(self, case: Case) -> Sums:
+        """This case's float64 contribution; contributions add over cases and over sites."""
+
+    def predict(self, sums: Sums, case: Case) -> Prediction:
+        """The prediction for `case`, from the sums over all training cases."""
+
+
+class Task(ABC):
+    """One shape of learning: what a case becomes, what is minimised, what is predicted and scored.
+
+    A task is built from the plan at both ends (`build_task`), so coordinator and site derive the same
+    names, shapes and statistics from it. It holds no data and no memory.
+    """
+
+    @property
+    @abstractmethod
+    def phases(self) -> tuple[Phase, ...]:
+        """The kinds of step of the local loop."""
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """A new model; weights from torch's generator (the caller seeds it)."""
+
+    @abstractmethod
+    def prepare(self, case: Case) -> dict[str, Tensor]:
+        """All that does not depend on chance (resampling, normalisation): done once, then kept.
+
+        Raises:
+            ValueError: the case lacks what this task needs; the message names it.
+        """
+
+    @abstractmethod
+    def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
+        """Random patches and augmentation of prepared cases, one per entry, stacked: `B...`."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, case: Case) -> Prediction:
+        """The model's prediction on the case's own grid."""
+
+    @abstractmethod
+    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+        """Additive statistics of one patient: `cases` are all of that patient's."""
+
+    @abstractmethod
+    def statistics(self) -> Statistics:
+        """The zero of `score`'s monoid: fixes what may come back from a site."""
+
+    @abstractmethod
+    def trivial(self) -> Mapping[str, Trivial]:
+        """Predictors every quality figure stands beside, by name (constant, linear, atlas, …)."""
+
+
+def build_task(plan: Plan) -> Task:
+    """The task that `plan` names.
+
+    Raises:
+        Stop: unknown task, model or loss, or a parameter of theirs out of bounds.
+    """
+    from tasks import TASKS
+
+    built = TASKS.build(plan.task, model=plan.model, loss=plan.loss)
+    if not isinstance(built, Task):
+        raise TypeError(f"task table entry {plan.task.name!r} is not a Task")
+    return built
