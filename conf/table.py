@@ -59,8 +59,12 @@ class Table(Mapping[str, Any]):
             if is_dataclass(entry):
                 adapter: TypeAdapter[Any] = TypeAdapter(entry)
                 return adapter.validate_python(values)
-            return validate_call(entry, config=ConfigDict(arbitrary_types_allowed=True))(**values)
+            return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(entry)(**values)
         except ValidationError as error:
+            # pydantic wraps what a constructor raises; an entry that builds from other tables keeps its code
+            cause = error.errors()[0].get("ctx", {}).get("error")
+            if isinstance(cause, Stop):
+                raise cause from None
             raise Stop(Exit.CONFIG, complaint(error, prefix=f"{self.kind}.")) from None
 
 

@@ -1,0 +1,46 @@
+"""A network over an image larger or smaller than what it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where `model` computes."""
+    return next(model.parameters()).device
+
+
+def sliding_window(
+    model: nn.Module, image: Tensor, patch: Sequence[int], overlap: float, windows: int = 4
+) -> Tensor:
+    """Class probabilities `K H W[D]` of `image` (`CHW[D]`), on the model's device.
+
+    Windows of the training patch's size, blended by a Gaussian; an image smaller than one is
+    padded by repeating its border, as in training. The model is in evaluation mode meanwhile.
+
+    Args:
+        overlap: share of a window that its neighbour covers too.
+        windows: how many go through the network at once.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = sliding_window_inference(
+                image[None].to(device_of(model)),
+                tuple(patch),
+                windows,
+                model,
+                overlap=overlap,
+                mode="gaussian",
+                padding_mode="replicate",
+            )
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the network returned {type(logits).__name__}; need one tensor of logits")
+    return logits[0].softmax(0)
