@@ -1,0 +1,247 @@
+"""Cases on disk: content-addressed, memory-mapped, in native geometry.
+
+```
+index.json                             which source gave which case or refusal; replaced by rename
+objects/ab/ab12….safetensors           arrays and one key of canonical JSON; the name is the SHA-256
+```
+An object is durable before the index names it, so a crash at any point leaves the old index usable.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from conf.exits import Exit, Stop
+from tasks.data.source import Raw
+
+if TYPE_CHECKING:
+    from tasks.base import Case
+
+VERSION = 1
+IMAGE, MASK = "image", "label"  # the names under which a case carries its picture and its annotation
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cached case, known without opening it.
+
+    Attributes:
+        key: first 16 hex digits of the digest. patient: pseudonymous key.
+        split: train, val or test as the manifest says. digest: SHA-256 of the object.
+        shape: the image's `CHW[D]`. groups: coded columns. source: path below the root, local only.
+    """
+
+    key: str
+    patient: str
+    site: str | None
+    split: str | None
+    digest: str
+    shape: tuple[int, ...]
+    groups: Mapping[str, str]
+    source: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one source: an entry, or the reason for its refusal.
+
+    Attributes:
+        stamp: digest of all that the outcome depends on; equal stamps need no second look.
+    """
+
+    stamp: str
+    entry: Entry | None = None
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Every source of the last ingest. `tree` stamps the whole tree."""
+
+    tree: str = ""
+    records: Mapping[str, Record] = field(default_factory=dict)
+
+
+class Cache:
+    """The cases of one data root."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def index(self) -> Index:
+        """What the last completed ingest wrote; empty where there was none.
+
+        Raises:
+            Stop: (`CACHE_DAMAGED`) the index cannot be read.
+        """
+        path = self.folder / "index.json"
+        try:
+            data = json.loads(path.read_bytes())
+            if data["version"] != VERSION:
+                raise Stop(
+                    Exit.CACHE_DAMAGED, f"{path} has version {data['version']}; need {VERSION}: {_REMEDY}"
+                )
+            return Index(data["tree"], {s: _record(s, r) for s, r in data["records"].items()})
+        except FileNotFoundError:
+            return Index()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, Stop):
+                raise
+            raise Stop(Exit.CACHE_DAMAGED, f"{path} is not an index of cases ({error}): {_REMEDY}") from None
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """All cases, sorted by patient, then key."""
+        kept = (r.entry for r in self.index.records.values() if r.entry is not None)
+        return tuple(sorted(kept, key=lambda e: (e.patient, e.key)))
+
+    def load(self, entry: Entry) -> Case:
+        """The case itself. A float32 image is mapped from disk, not read; its content is not checked here.
+
+        Raises:
+            Stop: (`CACHE_DAMAGED`) the object is missing or cut off.
+        """
+        import torch
+
+        from tasks.base import Case
+
+        try:
+            with safe_open(self._path(entry.digest), framework="pt") as file:
+                facts = json.loads(file.metadata()["case"])
+                names = set(file.keys())
+                image = file.get_tensor(IMAGE).to(torch.float32)
+                masks = {MASK: file.get_tensor(MASK)} if MASK in names else {}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(entry, str(error)) from None
+        return Case(
+            key=entry.key,
+            patient=entry.patient,
+            images={IMAGE: image},
+            masks=masks,
+            affine=torch.tensor(facts["affine"], dtype=torch.float64),
+            spacing=tuple(facts["spacing"]),
+            groups=dict(entry.groups),
+        )
+
+    def verify(self) -> None:
+        """Compare every object with its digest.
+
+        Raises:
+            Stop: (`CACHE_DAMAGED`) one is missing or differs.
+        """
+        for entry in self.entries:
+            try:
+                with self._path(entry.digest).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise self._damaged(entry, error.strerror or str(error)) from None
+            if found != entry.digest:
+                raise self._damaged(entry, "its content does not match its digest")
+
+    def put(self, raw: Raw) -> str:
+        """Keep a case's arrays durably; nothing refers to them yet. Returns the digest."""
+        facts = {"affine": raw.affine.tolist(), "spacing": list(raw.spacing)}
+        arrays = {IMAGE: raw.image} if raw.mask is None else {IMAGE: raw.image, MASK: raw.mask}
+        blob = safetensors.numpy.save(arrays, {"case": _canonical(facts)})
+        digest = hashlib.sha256(blob).hexdigest()
+        path = self._path(digest)
+        if not path.exists() or path.stat().st_size != len(blob):
+            _write(path, blob)
+        return digest
+
+    def commit(self, index: Index) -> None:
+        """Replace the index in one rename."""
+        records = {s: _plain(r) for s, r in sorted(index.records.items())}
+        data = {"version": VERSION, "tree": index.tree, "records": records}
+        _write(self.folder / "index.json", _canonical(data).encode())
+        self.__dict__.pop("entries", None)
+        self.__dict__["index"] = index
+
+    def _path(self, digest: str) -> Path:
+        return self.folder / "objects" / digest[:2] / f"{digest}.safetensors"
+
+    def _damaged(self, entry: Entry, why: str) -> Stop:
+        return Stop(
+            Exit.CACHE_DAMAGED, f"cached case {entry.key} in {self.folder} is damaged ({why}): {_REMEDY}"
+        )
+
+
+_REMEDY = "remove the cache folder and ingest again"
+
+
+def default_cache(root: Path) -> Path:
+    """Where the cases of a data root are cached when nobody says otherwise: never below the root."""
+    root = root.resolve()
+    name = f"{root.name or 'root'}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
+    return Path.home() / ".cache" / "wardround" / name / "cache"
+
+
+def _canonical(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    if record.entry is None:
+        return {"stamp": record.stamp, "reason": record.reason, "detail": record.detail}
+    entry = {k: v for k, v in asdict(record.entry).items() if k not in ("source", "key")}
+    return {"stamp": record.stamp, "entry": entry}
+
+
+def _record(source: str, data: Mapping[str, Any]) -> Record:
+    if "entry" not in data:
+        return Record(data["stamp"], None, data["reason"], data["detail"])
+    e = data["entry"]
+    entry = Entry(
+        key=e["digest"][:16],
+        patient=e["patient"],
+        site=e["site"],
+        split=e["split"],
+        digest=e["digest"],
+        shape=tuple(e["shape"]),
+        groups=e["groups"],
+        source=source,
+    )
+    return Record(data["stamp"], entry)
+
+
+def _write(path: Path, blob: bytes) -> None:
+    """Temporary file, fsync, rename, fsync folder.
+
+    Raises:
+        Stop: (`DISK_FULL`).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{id(blob):x}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = path.parent
+            raise Stop(
+                Exit.DISK_FULL, f"disk full writing {where}; nothing was lost: free space, ingest again"
+            ) from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
