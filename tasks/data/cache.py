@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tasks.base import Case
 
 VERSION = 1
-IMAGE, MASK = "image", "label"  # the names under which a case carries its picture and its annotation
+IMAGE, MASK = "image", "mask"  # the names under which a case carries its picture and its annotation
 
 
 @dataclass(frozen=True)
