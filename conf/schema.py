@@ -33,6 +33,7 @@ class Section(BaseModel):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """All but the name."""
         return dict(self.__pydantic_extra__ or {})
 
 
@@ -86,10 +87,13 @@ class Plan(Frozen):
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces. What `plan.json` holds and what travels."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
 
     @property
     def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
@@ -113,8 +117,12 @@ class Data(Frozen):
     label_map: dict[int, int] | Literal["nonzero"] | None = Field(
         None, description="file values to classes; nonzero: 0 stays 0, every other value is 1"
     )
-    sites: int = Field(0, ge=0, description="deal patients out to this many sites when there is no site column")
-    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training patients held for validation")
+    sites: int = Field(
+        0, ge=0, description="deal patients out to this many sites when there is no site column"
+    )
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the training patients held for validation"
+    )
     test_fraction: float = Field(0.2, ge=0, lt=1, description="only where there is no split column")
     split_seed: int = Field(0, ge=0)
 

@@ -1,0 +1,145 @@
+"""The result table of a run, from `metrics.jsonl`: a model to a row, a hospital to a column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from conf.exits import Exit, Stop
+
+Record = Mapping[str, Any]
+#: what a table shows where nobody chose: the first of these that the run has
+METRICS = ("dice_mean", "auroc", "accuracy", "loss")
+#: order of rows; what a site trained stands in between, by name
+MODELS = ("federated", "personal", "pooled", "local", "linear", "atlas", "identity", "constant")
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One metric of every model at every hospital.
+
+    Attributes:
+        metric, split: what is shown, and on which patients.
+        header: column titles; the first is that of the row names.
+        rows: one per model, as many cells as `header`.
+    """
+
+    metric: str
+    split: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def title(self) -> str:
+        """What the numbers are."""
+        return f"{self.metric} on {self.split} (95 % interval where there is one)"
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        lines = [self.header, ("---",) + ("---:",) * (len(self.header) - 1), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def records(run: Path) -> list[Record]:
+    """All evaluations of a run, in the order they were made.
+
+    Raises:
+        Stop: (`NO_RUN`) no evaluations there, or not readable.
+    """
+    file = run / "metrics.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except OSError:
+        raise Stop(Exit.NO_RUN, f"{run} is not a run: it has no readable metrics.jsonl") from None
+    except ValueError:
+        raise Stop(Exit.NO_RUN, f"{file} is damaged: a line of it is not JSON") from None
+
+
+def results(found: Sequence[Record], metric: str | None = None) -> Results:
+    """The last evaluation of every model at every hospital, on test patients where there are any.
+
+    Args:
+        found: as from `records`.
+        metric: its key; none: the first known one that the run has.
+
+    Raises:
+        Stop: (`NO_RUN`) nothing was evaluated; (`CONFIG`) the run has no such metric.
+    """
+    if not found:
+        raise Stop(Exit.NO_RUN, "the run has no evaluation yet; continue it with wardround resume")
+    have = {key for record in found for key in record}
+    metric = metric or next((name for name in METRICS if name in have), "loss")
+    if metric not in have:
+        known = ", ".join(sorted(have - {"round", "split", "model", "site"}))
+        raise Stop(Exit.CONFIG, f"metric is {metric!r}; this run has: {known}")
+    split = "test" if any(record["split"] == "test" for record in found) else "val"
+    # later evaluations replace earlier ones
+    last = {
+        (r["model"], r["site"]): r for r in sorted(found, key=lambda r: r["round"]) if r["split"] == split
+    }
+    sites = sorted({site for _, site in last} - {"all"})
+    columns = [*sites, "all"]
+    models = sorted({model for model, _ in last}, key=_place)
+    return Results(
+        metric=metric,
+        split=split,
+        header=("model", *(f"{site} ({_patients(last, site)})" for site in columns)),
+        rows=tuple(
+            (model, *(_cell(last.get((model, site)), metric) for site in columns)) for model in models
+        ),
+    )
+
+
+def show(run: Path, *, metric: str | None = None, markdown: bool = False) -> None:
+    """Print a run's result table on standard output.
+
+    Raises:
+        Stop: as `records` and `results`.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    made = results(records(run), metric)
+    if markdown:
+        typer.echo(made.markdown())
+        return
+    table = Table(
+        title=made.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
+    )
+    for position, column in enumerate(made.header):
+        table.add_column(column.replace(" (", "\n("), justify="right" if position else "left", no_wrap=True)
+    for row in made.rows:
+        # the interval goes below its value: five columns fit a terminal of 80
+        cells = (cell.replace(" [", "\n[") for cell in row)
+        table.add_row(*cells, style="bold" if row[0] == "federated" else None)
+    console = Console(highlight=False, markup=False)
+    # wider than the terminal, lines wrap; numbers are never cut
+    console.width = max(console.width, Console(width=10_000).measure(table).maximum)
+    console.print(table)
+    typer.echo(f"patients in brackets; run: {run}")
+
+
+def _place(model: str) -> tuple[int, str]:
+    kind = model.partition(":")[0]
+    return (MODELS.index(kind) if kind in MODELS else len(MODELS), model)
+
+
+def _patients(last: Mapping[tuple[str, str], Record], site: str) -> int:
+    counts: Iterable[int] = (record["patients"] for (_, at), record in last.items() if at == site)
+    return max(counts, default=0)
+
+
+def _cell(record: Record | None, metric: str) -> str:
+    if record is None or metric not in record:
+        return ABSENT
+    low, high = record.get(f"{metric}_lo"), record.get(f"{metric}_hi")
+    interval = "" if low is None or high is None else f" [{low:.3f}–{high:.3f}]"
+    return f"{record[metric]:.3f}{interval}"
