@@ -19,6 +19,7 @@ from pathlib import Path
 from conf.exits import Exit, Stop
 from conf.schema import Columns
 from tasks.data.cache import VERSION, Cache, Entry, Index, Record
+from tasks.data.dicom import from_series
 from tasks.data.discover import from_folders, from_manifest, site_folders
 from tasks.data.labels import check_label_map
 from tasks.data.source import Faulty, Found, LabelMap, Reason
@@ -140,7 +141,8 @@ def _discover(root: Path, files: Sequence[Path], manifest: str | None, columns: 
         found = from_manifest(root, manifest, columns)
     else:
         with_masks = columns.label is not None
-        found = site_folders(from_folders(root, files, with_masks=with_masks))
+        found = from_folders(root, files, with_masks=with_masks)
+        found = site_folders(found + from_series(root, files, with_masks=with_masks))
     return sorted(found, key=lambda f: f.source)
 
 

@@ -1,13 +1,18 @@
-"""From what a mask file holds to classes."""
+"""From what a mask file holds to classes; DICOM SEG."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pydicom
+from pydicom.dataset import Dataset
 
 from conf.exits import Exit, Stop
-from tasks.data.source import Array, Faulty, LabelMap, Reason
+from tasks.data.source import Array, Faulty, LabelMap, Reason, reading
 
 _LISTED = 8  # values quoted in a refusal
+_OFF = 0.05  # voxels by which a frame of a SEG may miss its slice: rounding of header fields
 
 
 def check_label_map(label_map: LabelMap) -> None:
@@ -48,3 +53,59 @@ def classes(values: Array, label_map: LabelMap) -> Array:
         raise Faulty(Reason.LABEL, f"mask has {text}; accepted {accepted} (setting: data.label_map)")
     table = np.array([known[int(v)] for v in present.tolist()], dtype=np.uint8)
     return np.ascontiguousarray(table[where].reshape(values.shape))
+
+
+def read_seg(path: Path, affine: Array, shape: tuple[int, ...], label_map: LabelMap) -> Array:
+    """Classes on an image's grid from a binary DICOM SEG (PS3.3 A.51, C.8.20); frames may be sparse.
+
+    File values are segment numbers. Where segments overlap the higher number wins, so a lesion that is
+    listed after its organ is kept.
+
+    Args:
+        affine: (column, row, slice) -> LPS+ mm of the image. shape: its columns, rows, slices.
+
+    Raises:
+        Faulty: unreadable, not binary, of other size, not on the image's slices, label outside the map.
+    """
+    with reading(path):
+        seg = pydicom.dcmread(path)
+        kind = str(seg.get("SegmentationType", ""))
+        if kind != "BINARY":
+            raise Faulty(
+                Reason.MASK_KIND, f"{path.name} is a {kind or 'nameless'} segmentation; BINARY is read"
+            )
+        columns, rows, slices = shape
+        if (seg.Columns, seg.Rows) != (columns, rows):
+            size = f"image {columns}x{rows}, mask {seg.Columns}x{seg.Rows} (columns x rows)"
+            raise Faulty(Reason.SIZE, size)
+        frames = seg.pixel_array.reshape(-1, rows, columns)
+        shared = (seg.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+        to_index = np.linalg.inv(affine)
+        numbers = np.zeros((slices, rows, columns), dtype=np.uint16)
+        for frame, own in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+            at = _slice_of(own, shared, to_index, shape)
+            number = _item(own, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber
+            np.maximum(numbers[at], frame.astype(np.uint16) * number, out=numbers[at])
+    return classes(numbers.transpose(2, 1, 0), label_map)
+
+
+def _slice_of(own: Dataset, shared: Dataset, to_index: Array, shape: tuple[int, ...]) -> int:
+    """Which slice of the image a frame covers, pixel by pixel."""
+    origin = np.array(_item(own, shared, "PlanePositionSequence").ImagePositionPatient, dtype=float)
+    turned = np.array(_item(own, shared, "PlaneOrientationSequence").ImageOrientationPatient, dtype=float)
+    row_mm, column_mm = (float(s) for s in _item(own, shared, "PixelMeasuresSequence").PixelSpacing)
+    right = origin + turned[:3] * column_mm * (shape[0] - 1)
+    down = origin + turned[3:] * row_mm * (shape[1] - 1)
+    corners = np.array([[*p, 1.0] for p in (origin, right, down)]) @ to_index.T
+    at = round(float(corners[0, 2]))
+    wanted = np.array([[0, 0, at], [shape[0] - 1, 0, at], [0, shape[1] - 1, at]])
+    off = float(np.abs(corners[:, :3] - wanted).max())
+    if not (0 <= at < shape[2] and off <= _OFF):
+        raise Faulty(Reason.GEOMETRY, f"a frame of the SEG misses the image's slices by {off:.3g} voxels")
+    return at
+
+
+def _item(own: Dataset, shared: Dataset, name: str) -> Dataset:
+    """A functional group of one frame, or the one all frames share (PS3.3 C.7.6.16.1)."""
+    found: Dataset = (own.get(name) or shared[name].value)[0]
+    return found

@@ -32,6 +32,7 @@ class Reason(StrEnum):
     DUPLICATE = "same content as another case"
     NO_PATIENT = "no patient"
     SPLIT = "unknown split"
+    NO_POSITION = "no slice position"
     SLICES = "too few slices"
     UNEVEN = "uneven slices"
     TILT = "gantry tilt"

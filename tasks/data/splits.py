@@ -74,8 +74,8 @@ def by_site(entries: Iterable[Entry]) -> Parts:
     if nowhere and groups:
         raise Stop(
             Exit.CONFIG,
-            f"{len(nowhere)} cases have no site, the others have one of {len(groups)}; fill the site column, or "
-            "put each case below a site's folder",
+            f"{len(nowhere)} cases have no site, the others have one of {len(groups)}; fill the site column "
+            "or put each case below a site's folder",
         )
     return {name: tuple(groups[name]) for name in sorted(n for n in groups if n is not None)}
 
