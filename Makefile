@@ -1,0 +1,42 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; each installs what it needs, once.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= ../shared/data
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test unit federation lint experiments bench
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+# exact versions only: a free choice of torch would bring gigabytes of CUDA
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old; need 3.11 or newer: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/wardround demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+unit: $(READY)
+	$(BIN)/python -m pytest -m "not federation"
+
+federation: $(READY)
+	$(BIN)/python -m pytest -m federation
+
+lint: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+experiments: $(READY)
+	DATA=$(DATA) BIN=$(BIN) bench/experiments.sh
+
+bench: $(READY)
+	$(BIN)/python bench/fold.py
