@@ -1,0 +1,277 @@
+"""Made-up CT patients of several hospitals, as DICOM series with DICOM SEG: demo and tests need no real one.
+
+Each patient has an elliptical body with fat, muscle and spine, a liver (segment 1) with lesions
+(segment 2, inside the liver's segment), and a spleen and kidneys that nobody labelled. Hospitals differ
+in contrast phase (how bright organs are, and whether lesions are darker or brighter than the liver),
+spacing, blur, noise and manufacturer, so a model of one does not carry over to another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import highdicom as hd
+import numpy as np
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import DA, TM
+from scipy.ndimage import gaussian_filter, gaussian_filter1d  # type: ignore[import-untyped]
+
+from conf.exits import Exit, Stop
+from tasks.data.source import Array
+
+SEGMENTS = ("liver", "lesion")  # segment numbers 1, 2
+_DATE, _TIME = DA("20200101"), TM("120000")
+_THICK = 120.0  # mm along the body that a series covers
+_WIDE = 320.0  # mm across
+
+
+@dataclass(frozen=True)
+class _Hospital:
+    """How one hospital scans. HU of organs, mm of spacing and blur, HU of noise."""
+
+    manufacturer: str
+    liver: float
+    spleen: float
+    kidney: float
+    lesion: float
+    wide: float
+    slice_mm: float
+    blur_mm: float
+    noise: float
+    offset: float
+
+
+_HOSPITALS = (
+    _Hospital("SIEMENS", 112.0, 125.0, 190.0, 55.0, 1.0, 6.0, 2.0, 12.0, 0.0),  # portal venous
+    _Hospital("GE MEDICAL SYSTEMS", 72.0, 130.0, 200.0, 135.0, 0.92, 5.0, 1.0, 22.0, 8.0),  # arterial
+    _Hospital("Philips", 58.0, 48.0, 32.0, 20.0, 1.08, 8.0, 3.5, 8.0, -10.0),  # without contrast
+)
+
+
+def make_phantom(
+    folder: Path, *, hospitals: int = 3, patients: int = 16, seed: int = 0, size: int = 64
+) -> None:
+    """Write `hospital_a/01/1/*.dcm`, … below `folder`; equal arguments give equal files.
+
+    Args:
+        patients: per hospital; every third has a second series. size: rows and columns.
+
+    Raises:
+        Stop: (`CONFIG`) a number out of range.
+    """
+    for name, value, low, high in (
+        ("hospitals", hospitals, 1, 26),
+        ("patients", patients, 1, 99),
+        ("size", size, 16, 512),
+    ):
+        if not low <= value <= high:
+            raise Stop(Exit.CONFIG, f"phantom {name} is {value}; accepted {low} to {high}")
+    for h in range(hospitals):
+        letter = chr(ord("a") + h)
+        scanner = _HOSPITALS[h % len(_HOSPITALS)]
+        for p in range(1, patients + 1):
+            draw = np.random.default_rng([seed, h, p])
+            body = _Body.drawn(draw)
+            for s in range(1, 2 + (p % 3 == 0)):
+                series = _Series(f"{seed}/{letter}/{p}/{s}", letter, p, s, scanner, body)
+                series.write(folder / f"hospital_{letter}" / f"{p:02}" / str(s), size, draw)
+
+
+@dataclass(frozen=True)
+class _Ball:
+    """An ellipsoid: centre and half axes in mm."""
+
+    centre: Array
+    half: Array
+
+    def holds(self, points: Array) -> Array:
+        inside: Array = (((points - self.centre) / self.half) ** 2).sum(-1) < 1
+        return inside
+
+
+@dataclass(frozen=True)
+class _Body:
+    """One patient's anatomy, in mm; x to the left, y to the back, z to the head (DICOM's LPS)."""
+
+    half: Array
+    turn: float
+    shift: Array
+    sex: str
+    age: int
+    liver: tuple[_Ball, _Ball]
+    spleen: _Ball
+    kidneys: tuple[_Ball, _Ball]
+    lesions: tuple[_Ball, ...]
+
+    @classmethod
+    def drawn(cls, draw: np.random.Generator) -> _Body:
+        half = np.array([135.0, 95.0]) * draw.uniform(0.85, 1.1, 2)
+        right = np.array([-0.42 * half[0], -0.1 * half[1], 5.0]) + draw.normal(0, [9.0, 9.0, 14.0])
+        main = _Ball(right, np.array([54.0, 52.0, 46.0]) * draw.uniform(0.75, 1.2, 3))
+        lobe = _Ball(
+            right + np.array([main.half[0] * 0.8, -20.0, draw.normal(8.0, 8.0)]),
+            np.array([42.0, 24.0, 30.0]) * draw.uniform(0.7, 1.25, 3),
+        )
+        spleen = _Ball(
+            np.array([0.6 * half[0], 0.25 * half[1], 10.0]) + draw.normal(0, 8.0, 3),
+            np.array([22.0, 32.0, 34.0]) * draw.uniform(0.75, 1.25, 3),
+        )
+        low = draw.normal(-38.0, 10.0)
+        kidneys = (
+            _Ball(np.array([-0.42 * half[0], 0.48 * half[1], low]), np.array([20.0, 17.0, 30.0])),
+            _Ball(np.array([0.42 * half[0], 0.48 * half[1], low + 6]), np.array([20.0, 17.0, 30.0])),
+        )
+        lesions = []
+        for _ in range(int(draw.integers(1, 4))):
+            way = draw.normal(size=3)
+            centre = right + 0.55 * main.half * way / np.linalg.norm(way)
+            lesions.append(_Ball(centre, draw.uniform(11.0, 21.0) * draw.uniform(0.85, 1.15, 3)))
+        return cls(
+            half=half,
+            turn=float(draw.uniform(-12, 12)),
+            shift=draw.normal(0, [10.0, 10.0, 6.0]),
+            sex="FM"[int(draw.integers(2))],
+            age=int(draw.integers(25, 90)),
+            liver=(main, lobe),
+            spleen=spleen,
+            kidneys=kidneys,
+            lesions=tuple(lesions),
+        )
+
+    def scan(self, points: Array, scanner: _Hospital, draw: np.random.Generator) -> tuple[Array, Array]:
+        """HU (before blur and noise) and segment numbers at `points` (`…3`, LPS mm)."""
+        angle = np.deg2rad(self.turn)
+        back = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+        own = (points - self.shift) @ back
+        flat, flat_y = own[..., :2], own[..., 1]
+        radius = np.sqrt(((flat / self.half) ** 2).sum(-1))
+        hu = np.full(points.shape[:-1], -1000.0)
+        hu[radius < 1] = -95.0  # fat
+        hu[radius < 0.9] = 45.0  # muscle
+        hu[radius < 0.8] = -60.0  # what lies between the organs
+        spine = ((flat - [0, 0.62 * self.half[1]]) ** 2).sum(-1) < 19.0**2
+        inside = radius < 0.8
+        for kidney in self.kidneys:
+            hu[kidney.holds(own) & inside] = scanner.kidney + draw.normal(0, 6.0)
+        hu[self.spleen.holds(own) & inside] = scanner.spleen + draw.normal(0, 6.0)
+        hu[spine] = 350.0 - 2.0 * np.abs(flat_y[spine] - 0.62 * self.half[1])
+        liver = (self.liver[0].holds(own) | self.liver[1].holds(own)) & inside & ~spine
+        level = scanner.liver + draw.normal(0, 6.0)
+        hu[liver] = level
+        lesion = np.zeros_like(liver)
+        for ball in self.lesions:
+            lesion |= ball.holds(own)
+        lesion &= liver
+        hu[lesion] = level + scanner.lesion - scanner.liver + draw.normal(0, 4.0)
+        return hu, np.where(lesion, 2, liver.astype(int))
+
+
+@dataclass(frozen=True)
+class _Series:
+    """One CT series and its SEG. `name` fixes every UID."""
+
+    name: str
+    hospital: str
+    patient: int
+    number: int
+    scanner: _Hospital
+    body: _Body
+
+    def uid(self, what: object) -> UID:
+        return generate_uid(entropy_srcs=["wardround phantom", self.name, str(what)])
+
+    def write(self, folder: Path, size: int, draw: np.random.Generator) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        s = self.scanner
+        pixel = _WIDE * s.wide / size
+        count = max(4, round(_THICK / s.slice_mm))
+        first = np.array([*(2 * [-pixel * (size - 1) / 2]), -s.slice_mm * (count - 1) / 2])
+        first += draw.uniform(-4, 4, 3).round(2)
+        k, r, c = np.meshgrid(np.arange(count), np.arange(size), np.arange(size), indexing="ij")
+        points = first + np.stack([c * pixel, r * pixel, k * s.slice_mm], axis=-1)
+        hu, truth = self.body.scan(points, s, draw)
+        hu = gaussian_filter(hu, (0, s.blur_mm / pixel, s.blur_mm / pixel))
+        hu = gaussian_filter1d(hu, 0.4, axis=0)
+        grain = gaussian_filter(draw.normal(size=hu.shape), (0, 0.5, 0.5))
+        hu += s.offset + grain / grain.std() * s.noise
+        stored = np.clip(np.rint(hu) + 1024, 0, 4095).astype(np.uint16)
+        slices = []
+        for i in range(count):
+            slices.append(self._slice(i, stored[i], first + np.array([0, 0, i * s.slice_mm]), pixel))
+            slices[i].save_as(folder / f"{i + 1:03}.dcm", enforce_file_format=True)
+        self._seg(slices, truth).save_as(folder / "seg.dcm", enforce_file_format=True)
+
+    def _slice(self, index: int, stored: Array, position: Array, pixel: float) -> FileDataset:
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = CTImageStorage
+        meta.MediaStorageSOPInstanceUID = self.uid(index)
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)  # type: ignore[arg-type]
+        ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, self.uid(index)
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = self.uid("study"), self.uid("series")
+        ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = self.uid("frame"), ""
+        ds.PatientName = f"PHANTOM^{self.hospital.upper()}^{self.patient:02}"
+        ds.PatientID = f"PHANTOM-{self.hospital.upper()}-{self.patient:02}"
+        ds.PatientBirthDate, ds.PatientSex, ds.PatientAge = "", self.body.sex, f"{self.body.age:03}Y"
+        ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = _DATE
+        ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = _TIME
+        ds.StudyID, ds.SeriesNumber, ds.InstanceNumber = "1", self.number, index + 1
+        ds.AcquisitionNumber, ds.AccessionNumber, ds.ReferringPhysicianName = 1, "", ""
+        ds.Modality, ds.Manufacturer = "CT", self.scanner.manufacturer
+        ds.ImageType, ds.KVP, ds.PatientPosition = ["ORIGINAL", "PRIMARY", "AXIAL"], "120", "HFS"
+        ds.ImagePositionPatient = [f"{v:.4f}" for v in position]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.PixelSpacing = [f"{pixel:.6f}"] * 2
+        ds.SliceThickness = self.scanner.slice_mm
+        ds.Rows, ds.Columns = stored.shape
+        ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+        ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
+        ds.PixelData = stored.astype("<u2").tobytes()
+        return ds
+
+    def _seg(self, slices: list[FileDataset], truth: Array) -> hd.seg.Segmentation:
+        maker = hd.AlgorithmIdentificationSequence(
+            name="phantom", version="1", family=codes.cid7162.ArtificialIntelligence
+        )
+        described = [
+            hd.seg.SegmentDescription(
+                segment_number=i + 1,
+                segment_label=label,
+                segmented_property_category=category,
+                segmented_property_type=kind,
+                algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                algorithm_identification=maker,
+            )
+            for i, (label, category, kind) in enumerate(
+                (
+                    (SEGMENTS[0], codes.SCT.Organ, codes.SCT.Liver),
+                    (SEGMENTS[1], codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion),
+                )
+            )
+        ]
+        seg = hd.seg.Segmentation(
+            source_images=slices,
+            pixel_array=np.stack([truth > 0, truth == 2], axis=-1).astype(np.uint8),
+            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=described,
+            series_instance_uid=self.uid("seg series"),
+            series_number=100 + self.number,
+            sop_instance_uid=self.uid("seg"),
+            instance_number=1,
+            manufacturer="wardround",
+            manufacturer_model_name="phantom",
+            software_versions="1",
+            device_serial_number="1",
+            omit_empty_frames=True,
+        )
+        # highdicom draws these anew each time; equal arguments must give equal files
+        seg.ContentDate = seg.InstanceCreationDate = seg.SeriesDate = _DATE
+        seg.ContentTime = seg.InstanceCreationTime = seg.SeriesTime = _TIME
+        organization = self.uid("dimensions")
+        for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
+            item.DimensionOrganizationUID = organization
+        return seg
