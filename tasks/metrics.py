@@ -45,7 +45,7 @@ class Statistics(ABC):
 
     @abstractmethod
     def value(self) -> dict[str, float]:
-        """Flat metrics (`dice_mean`, `dice_1`, …); `<metric>_lo`, `<metric>_hi` where there is an interval."""
+        """Flat metrics (`dice_mean`, `dice_1`, …); `<metric>_lo` and `_hi` where there is an interval."""
 
     @property
     @abstractmethod

@@ -94,22 +94,19 @@ class Segmentation(Task):
 
     def _check_model(self) -> None:
         """One patch through the network without numbers: it must fit, and come out as K channels."""
-        given = (1, self.channels, *self.patch)
         wanted = (1, len(self.classes), *self.patch)
         with torch.device("meta"), torch.no_grad():
             model = self.build_model().eval()
             try:
-                got = tuple(model(torch.empty(given)).shape)
+                got = tuple(model(torch.empty(1, self.channels, *self.patch)).shape)
+                reason = "" if got == wanted else f"it makes {got} of it, need {wanted}"
             except (RuntimeError, ValueError) as error:
-                raise Stop(
-                    Exit.CONFIG,
-                    f"task.patch is {list(self.patch)}; model {self.model.name!r} cannot take it ({error}); "
-                    "its sides must be multiples of the network's total stride",
-                ) from None
-        if got != wanted:
+                reason = str(error)
+        if reason:
             raise Stop(
                 Exit.CONFIG,
-                f"model {self.model.name!r} makes {got} of task.patch {list(self.patch)}; need {wanted}",
+                f"task.patch is {list(self.patch)}; model {self.model.name!r} cannot take it ({reason}); "
+                "its sides must be multiples of the network's total stride, and at least twice it",
             )
 
     @property

@@ -24,9 +24,13 @@ class Constant:
     mask: str
     classes: int
 
-    def accumulate(self, case: Case) -> Sums:
+    def zero(self) -> Sums:
         """Voxels per class: `{"voxels": K}`."""
-        voxels = torch.zeros(self.classes, dtype=torch.float64)
+        return {"voxels": torch.zeros(self.classes, dtype=torch.float64)}
+
+    def accumulate(self, case: Case) -> Sums:
+        """The case's voxels per class."""
+        voxels = self.zero()["voxels"]
         if self.mask in case.masks:
             voxels += torch.bincount(case.masks[self.mask].flatten().long(), minlength=self.classes).double()
         return {"voxels": voxels}
@@ -54,12 +58,20 @@ class Atlas:
     dimensions: int
     side: int
 
+    def zero(self) -> Sums:
+        """One-hot masks on the common grid, and how many: `{"mask": K x side x …, "cases": ()}`."""
+        shape = (self.classes, *(self.side,) * self.dimensions)
+        return {
+            "mask": torch.zeros(shape, dtype=torch.float64),
+            "cases": torch.zeros((), dtype=torch.float64),
+        }
+
     def accumulate(self, case: Case) -> Sums:
-        """One-hot mask on the common grid: `{"mask": K x side x …, "cases": ()}`."""
-        shape = (self.side,) * self.dimensions
-        total = torch.zeros((self.classes, *shape), dtype=torch.float64)
+        """The case's mask on the common grid."""
+        total = self.zero()["mask"]
+        shape = total.shape[1:]
         if self.mask not in case.masks:
-            return {"mask": total, "cases": torch.zeros((), dtype=torch.float64)}
+            return self.zero()
         for k in range(self.classes):
             total[k] = resample((case.masks[self.mask] == k).float()[None], shape)[0].double()
         return {"mask": total, "cases": torch.ones((), dtype=torch.float64)}

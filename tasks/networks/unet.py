@@ -18,9 +18,17 @@ Norm = Literal["instance", "group"]
 Named = tuple[str, dict[str, object]]
 
 
-def norm_layer(norm: Norm, groups: int) -> Named:
-    """MONAI's name and arguments of a norm; affine, so that the network can undo it."""
-    return ("instance", {"affine": True}) if norm == "instance" else ("group", {"num_groups": groups})
+def norm_layer(norm: Norm, groups: int, widths: tuple[int, ...]) -> Named:
+    """MONAI's name and arguments of a norm; affine, so that the network can undo it.
+
+    Raises:
+        ValueError: `groups` does not divide one of the `widths` that are normalised.
+    """
+    if norm == "instance":
+        return "instance", {"affine": True}
+    if any(width % groups for width in widths):
+        raise ValueError(f"model.groups is {groups}; it must divide every width in {sorted(set(widths))}")
+    return "group", {"num_groups": groups}
 
 
 def unet(
@@ -31,7 +39,7 @@ def unet(
     channels: Widths = (16, 32, 64, 128),
     residual_units: Annotated[int, Field(ge=0, le=4)] = 2,
     norm: Norm = "instance",
-    groups: Width = 4,
+    groups: Width = 1,
     dropout: Fraction = 0.0,
 ) -> nn.Module:
     """Residual U-Net (Kerfoot et al., STACOM 2018), which strides before it convolves: fast on a CPU.
@@ -45,7 +53,7 @@ def unet(
         channels=channels,
         strides=(2,) * (len(channels) - 1),
         num_res_units=residual_units,
-        norm=norm_layer(norm, groups),
+        norm=norm_layer(norm, groups, (*channels, out_channels)),
         dropout=dropout,
     )
 
@@ -57,7 +65,7 @@ def basic_unet(
     dimensions: Dimensions,
     channels: Annotated[tuple[Width, ...], Field(min_length=6, max_length=6)] = (8, 8, 16, 32, 64, 8),
     norm: Norm = "instance",
-    groups: Width = 4,
+    groups: Width = 1,
     dropout: Fraction = 0.0,
 ) -> nn.Module:
     """Plain U-Net (Falk et al., Nature Methods 2019): two convolutions a level, at full resolution first.
@@ -69,7 +77,7 @@ def basic_unet(
         in_channels=in_channels,
         out_channels=out_channels,
         features=channels,
-        norm=norm_layer(norm, groups),
+        norm=norm_layer(norm, groups, channels),
         dropout=dropout,
     )
 
@@ -81,7 +89,7 @@ def dyn_unet(
     dimensions: Dimensions,
     channels: Widths = (16, 32, 64, 128),
     norm: Norm = "instance",
-    groups: Width = 4,
+    groups: Width = 1,
     dropout: Fraction = 0.0,
 ) -> nn.Module:
     """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021), without deep supervision.
@@ -97,6 +105,6 @@ def dyn_unet(
         strides=[1, *down],
         upsample_kernel_size=down,
         filters=channels,
-        norm_name=norm_layer(norm, groups),
+        norm_name=norm_layer(norm, groups, channels),
         dropout=dropout or None,
     )
