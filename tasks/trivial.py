@@ -15,7 +15,7 @@ from tasks.data.resample import hardest, resample
 
 @dataclass(frozen=True)
 class Constant:
-    """Every voxel is the foreground class that is most frequent in training.
+    """Every voxel is the foreground class that fills most of the training cases.
 
     Attributes:
         mask: which mask. classes: how many, with the background.
@@ -25,20 +25,20 @@ class Constant:
     classes: int
 
     def zero(self) -> Sums:
-        """Voxels per class: `{"voxels": K}`."""
-        return {"voxels": torch.zeros(self.classes, dtype=torch.float64)}
+        """Share of each class, summed over cases: `{"shares": K}`."""
+        return {"shares": torch.zeros(self.classes, dtype=torch.float64)}
 
     def accumulate(self, case: Case) -> Sums:
-        """The case's voxels per class."""
-        voxels = self.zero()["voxels"]
-        if self.mask in case.masks:
-            voxels += torch.bincount(case.masks[self.mask].flatten().long(), minlength=self.classes).double()
-        return {"voxels": voxels}
+        """The share of each class in the case's voxels (not their count, so that sums stay small)."""
+        if self.mask not in case.masks:
+            return self.zero()
+        voxels = torch.bincount(case.masks[self.mask].flatten().long(), minlength=self.classes).double()
+        return {"shares": voxels / voxels.sum()}
 
     def predict(self, sums: Sums, case: Case) -> Prediction:
         """That class on the case's whole grid."""
         shape = next(iter(case.images.values())).shape[1:]
-        label = 1 + int(sums["voxels"][1:].argmax())
+        label = 1 + int(sums["shares"][1:].argmax())
         return Prediction(masks={self.mask: torch.full(tuple(shape), label, dtype=torch.uint8)})
 
 
@@ -68,10 +68,10 @@ class Atlas:
 
     def accumulate(self, case: Case) -> Sums:
         """The case's mask on the common grid."""
-        total = self.zero()["mask"]
-        shape = total.shape[1:]
         if self.mask not in case.masks:
             return self.zero()
+        total = self.zero()["mask"]
+        shape = total.shape[1:]
         for k in range(self.classes):
             total[k] = resample((case.masks[self.mask] == k).float()[None], shape)[0].double()
         return {"mask": total, "cases": torch.ones((), dtype=torch.float64)}

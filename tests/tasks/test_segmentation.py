@@ -184,11 +184,12 @@ def test_score_of_a_patient_with_an_unannotated_case() -> None:
 
 
 def sums(trivial: Trivial, cases: list[Case]) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
+    total = dict(trivial.zero())
     for one in cases:
         for key, value in trivial.accumulate(one).items():
             assert value.dtype == torch.float64
-            total[key] = total.get(key, torch.zeros_like(value)) + value
+            assert value.shape == total[key].shape
+            total[key] = total[key] + value
     return total
 
 
