@@ -1,0 +1,36 @@
+"""What both ends must agree on: the protocol, the exact sums, the algorithms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from conf.table import Table
+
+if TYPE_CHECKING:
+    from conf.schema import Plan
+    from strategies.base import Strategy
+
+STRATEGIES = Table(
+    "strategy",
+    {
+        "fedavg": "strategies.mean:FedAvg",
+        "fedprox": "strategies.mean:FedProx",
+        "fedbn": "strategies.mean:FedBN",
+        "fedadam": "strategies.adaptive:FedAdam",
+        "scaffold": "strategies.scaffold:Scaffold",
+        "ditto": "strategies.personal:Ditto",
+        "cyclic": "strategies.cyclic:Cyclic",
+        "median": "strategies.robust:Median",
+        "fedbuff": "strategies.buffered:FedBuff",
+    },
+)
+
+
+def build_strategy(plan: Plan) -> Strategy:
+    """The strategy that `plan` names.
+
+    Raises:
+        Stop: unknown, or a hyper-parameter out of bounds.
+    """
+    built: Strategy = STRATEGIES.build(plan.strategy)
+    return built

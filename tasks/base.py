@@ -88,8 +88,11 @@ class Phase:
 class Trivial(Protocol):
     """A predictor that needs no learning or hardly any: additive sums over cases, then a rule."""
 
+    def zero(self) -> Sums:
+        """Sums over no case: float64, and the shapes that may come back from a site."""
+
     def accumulate(self, case: Case) -> Sums:
-        """This case's float64 contribution; contributions add over cases and over sites."""
+        """This case's contribution; contributions add over cases and over sites."""
 
     def predict(self, sums: Sums, case: Case) -> Prediction:
         """The prediction for `case`, from the sums over all training cases."""

@@ -1,0 +1,46 @@
+"""What the hospital allows. The coordinator may ask for less, never for more."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from conf.schema import Frozen, Plan
+from strategies.protocol import Refused
+
+
+class Policy(Frozen):
+    """A site's rules.
+
+    Attributes:
+        tasks, models: allowed names; None allows every installed one.
+        statistics: what may leave of evaluations. minimum_cell: fewest patients behind any statistic.
+    """
+
+    tasks: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    statistics: Literal["none", "exact"] = "exact"
+    minimum_cell: int = 10
+
+    def check(self, plan: Plan) -> None:
+        """Accept the plan.
+
+        Raises:
+            Refused: (`policy`).
+        """
+        if self.tasks is not None and plan.task.name not in self.tasks:
+            raise Refused("policy", f"task {plan.task.name}")
+        if self.models is not None and plan.model.name not in self.models:
+            raise Refused("policy", f"model {plan.model.name}")
+
+    def release(self, patients: int) -> None:
+        """Let a statistic over so many patients leave.
+
+        Raises:
+            Refused: (`policy`, `data`).
+        """
+        if self.statistics == "none":
+            raise Refused("policy", "statistics stay home")
+        if patients == 0:
+            raise Refused("data", "no patient")
+        if patients < self.minimum_cell:
+            raise Refused("policy", f"{patients} patients, minimum cell {self.minimum_cell}")

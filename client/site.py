@@ -1,0 +1,122 @@
+"""The gate of a hospital: every instruction enters here, and nothing leaves but through here.
+
+The order is the safety: who is meant and which code and plan → what was already answered → which state
+counts → the strategy's answer → is it of the form the plan allows → keep it → let it go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from client.errors import report
+from client.policy import Policy
+from client.state import Memory
+from client.train import Archive, Bench, Session
+from conf.schema import Plan
+from strategies.protocol import Instruction, Refused, Reply, Tree, Update
+from strategies.store import write_atomic
+
+__all__ = ["Archive", "Bench", "Plans", "Policy", "Site"]
+
+
+class Plans:
+    """The plans a site has accepted, by digest, as files: a process that starts later knows them too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, Plan] = {}
+
+    def __getitem__(self, digest: str) -> Plan:
+        """The accepted plan.
+
+        Raises:
+            Refused: (`plan`) no such plan was accepted.
+        """
+        if digest not in self._known:
+            path = self._folder / f"{digest}.json"
+            if not path.is_file():
+                raise Refused("plan", "not accepted")
+            self._known[digest] = Plan.model_validate_json(path.read_bytes())
+        return self._known[digest]
+
+    def accept(self, plan: Plan) -> None:
+        """Remember a plan."""
+        path = self._folder / f"{plan.digest}.json"
+        if not path.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, plan.canonical().encode())
+        self._known[plan.digest] = plan
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site. In simulation many share a bench and a folder of plans; the code is the same.
+
+    Attributes:
+        folder: the site's own files (state, replies, incidents). code: digest of the code that runs here.
+        durable: keep every reply before it leaves (deployed).
+    """
+
+    name: str
+    archive: Archive
+    policy: Policy
+    bench: Bench
+    plans: Plans
+    folder: Path
+    code: str
+    durable: bool = True
+
+    def handle(self, instruction: Instruction, common: Tree) -> Reply:
+        """Answer an instruction. Never raises: an error becomes a code, its detail stays in the own log."""
+        try:
+            return self._answer(instruction, common)
+        except Exception as error:  # noqa: BLE001  the boundary: exception text must not leave a hospital
+            return Reply(self.name, report(error, self.folder / "incidents.jsonl"))
+
+    def _answer(self, instruction: Instruction, common: Tree) -> Reply:
+        if instruction.site != self.name:
+            raise Refused("addressee", instruction.site)
+        if instruction.code != self.code:
+            raise Refused("code", instruction.code[:16])
+        if instruction.stage == "plan":
+            return self._accept(instruction, common)
+        plan = self.plans[instruction.plan]
+        self.policy.check(plan)
+        study, strategy = self.bench.study(plan)
+        spec = strategy.spec(study, instruction.stage)
+        remembers = self.durable or strategy.stateful
+        memory = Memory(self.folder / "memory" / instruction.run, durable=self.durable)
+        if remembers and (given := memory.recall(instruction)) is not None:
+            return given
+        state = memory.settle(instruction.settled) if strategy.stateful else {}
+        session = Session(self.bench, study, self.archive, self.policy, instruction, common, state)
+        update, after = strategy.answer(instruction.stage, session)
+        update = Update(
+            {name: t.detach().cpu() for name, t in update.tensors.items()}, update.weight, update.form
+        )
+        spec.check(update)
+        reply = Reply(self.name, update)
+        if remembers:
+            memory.keep(instruction, reply, after)
+        return reply
+
+    def _accept(self, instruction: Instruction, common: Tree) -> Reply:
+        """The stage `plan`: read it, hold it against the site's rules, remember it."""
+        text = common.get("plan")
+        if not isinstance(text, str) or hashlib.sha256(text.encode()).hexdigest() != instruction.plan:
+            raise Refused("plan", "digest")
+        try:
+            plan = Plan.model_validate(json.loads(text))
+        except (ValidationError, json.JSONDecodeError) as error:
+            raise Refused("plan", type(error).__name__) from None
+        if plan.digest != instruction.plan:
+            raise Refused("plan", "not canonical")
+        self.policy.check(plan)
+        self.bench.study(plan)
+        self.plans.accept(plan)
+        return Reply(self.name, Update({}))

@@ -1,0 +1,288 @@
+"""The local loop: one site's training and scoring, on whatever device the site has.
+
+A `Bench` lives as long as the process and is shared by the sites in it (one in a hospital, many in a
+simulation): the model is built once, prepared cases are kept. A `Session` is one stage at one site.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from client.policy import Policy
+from conf.schema import Plan
+from strategies import build_strategy
+from strategies.base import Correct, Fitted, Strategy, Study, Tensors
+from strategies.protocol import Instruction, Refused, Tree
+from tasks.base import Batch, Case, Phase, Prediction
+from tasks.data.cache import Entry
+from tasks.seeds import generator
+
+Example = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A site's cases: entries by split (`train`, `val`, `test`), and how one is loaded."""
+
+    splits: Mapping[str, Sequence[Entry]]
+    load: Callable[[Entry], Case]
+
+    def patients(self, split: str) -> dict[str, list[Entry]]:
+        """The entries of a split, by patient, in the order of their keys."""
+        by: dict[str, list[Entry]] = {}
+        for entry in sorted(self.splits.get(split, ()), key=lambda e: (e.patient, e.key)):
+            by.setdefault(entry.patient, []).append(entry)
+        return by
+
+
+class Bench:
+    """Device, model and prepared cases of one process.
+
+    Attributes:
+        capacity: bytes of prepared cases kept; beyond it they are prepared again at each use.
+    """
+
+    def __init__(self, device: str = "auto", capacity: int = 4 * 2**30) -> None:
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(found if device == "auto" else device)
+        self.capacity = capacity
+        self._plans: dict[str, tuple[Study, Strategy]] = {}
+        self._model: tuple[str, nn.Module] | None = None
+        self._prepared: dict[tuple[str, str], Example] = {}
+        self._held = 0
+
+    def study(self, plan: Plan) -> tuple[Study, Strategy]:
+        """What the plan comes to; built once.
+
+        Raises:
+            Stop: the plan names something that is not installed here.
+        """
+        if plan.digest not in self._plans:
+            self._plans[plan.digest] = Study.of(plan), build_strategy(plan)
+        return self._plans[plan.digest]
+
+    def model(self, study: Study) -> nn.Module:
+        """The plan's model, on the device; its weights are whatever was there last."""
+        if self._model is None or self._model[0] != study.plan.digest:
+            model = study.task.build_model().to(self.device)
+            if self.device.type == "cuda":
+                model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._model = study.plan.digest, model
+        return self._model[1]
+
+    def example(self, study: Study, archive: Archive, entry: Entry) -> Example:
+        """A prepared case, on the device."""
+        key = study.plan.digest, entry.digest
+        if key in self._prepared:
+            return self._prepared[key]
+        example = {n: t.to(self.device) for n, t in study.task.prepare(archive.load(entry)).items()}
+        size = sum(t.nbytes for t in example.values())
+        if self._held + size <= self.capacity:
+            self._held += size
+            self._prepared[key] = example
+        return example
+
+
+class Session:
+    """One stage at one site: what a strategy's client half works with (`strategies.base.Local`)."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        study: Study,
+        archive: Archive,
+        policy: Policy,
+        asked: Instruction,
+        common: Tree,
+        state: Tree,
+    ) -> None:
+        self._bench = bench
+        self._archive = archive
+        self._policy = policy
+        self.study = study
+        self.round = asked.round
+        self.site = asked.site
+        self.common = common
+        self.own = asked.own
+        self.state = state
+        torch.set_num_threads(study.plan.local.threads)
+
+    @property
+    def weight(self) -> int:
+        """Training patients, capped so that no site outweighs the plan; 1 where all count the same."""
+        federation = self.study.plan.federation
+        if federation.weight == "equal":
+            return 1
+        return min(len(self._archive.patients("train")), federation.max_weight)
+
+    def place(self, tensors: Tensors) -> Tensors:
+        """The tensors on the device where training happens."""
+        return {name: tensor.to(self._bench.device) for name, tensor in tensors.items()}
+
+    def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Fitted:
+        """Train from `weights`: `local.steps` steps, each over `local.batch_size` patients.
+
+        Raises:
+            Refused: (`data`) the site has no training patient.
+        """
+        patients = self._archive.patients("train")
+        if not patients:
+            raise Refused("data", "no training patient")
+        plan = self.study.plan
+        model = self._load(weights).train()
+        steppers = [_Stepper(phase, model, plan, correct) for phase in self.study.task.phases]
+        draw = generator(plan.seed, self.site, self.round, "train", purpose)
+        batches = self._batches(patients, draw)
+        with torch.random.fork_rng(devices=[self._bench.device] if self._bench.device.type == "cuda" else []):
+            # layers that draw (dropout) use torch's own generator
+            torch.manual_seed(int(torch.randint(2**31, (), generator=draw)))
+            for step in range(plan.local.steps):
+                progress = (self.round - 1 + step / plan.local.steps) / plan.federation.rounds
+                for stepper in steppers:
+                    if step % stepper.phase.every == 0:
+                        stepper.step(next(batches) if stepper.phase.private else None, progress)
+        losses = [stepper.mean() for stepper in steppers if stepper.phase.private]
+        return Fitted(self._weights(model), sum(losses) / max(1, len(losses)))
+
+    def score(self, weights: Tensors, split: str) -> Tensor:
+        """Summed statistics of the model on a split: float64.
+
+        Raises:
+            Refused: (`policy`, `data`) too few patients, or statistics stay home.
+        """
+        task = self.study.task
+        model = self._load(weights).eval()
+        with torch.no_grad():
+            return self._statistics(split, lambda case: task.predict(model, case))
+
+    def score_trivial(self, trivial: str, sums: Tensors, split: str) -> Tensor:
+        """Summed statistics of a trivial predictor on a split: float64."""
+        predictor = self.study.task.trivial()[trivial]
+        return self._statistics(split, lambda case: predictor.predict(sums, case))
+
+    def accumulate(self, trivial: str) -> Tensors:
+        """A trivial predictor's sums over the training cases: float64."""
+        patients = self._archive.patients("train")
+        self._policy.release(len(patients))
+        predictor = self.study.task.trivial()[trivial]
+        total = {name: tensor.clone() for name, tensor in predictor.zero().items()}
+        for entries in patients.values():
+            for entry in entries:
+                for name, tensor in predictor.accumulate(self._archive.load(entry)).items():
+                    total[name] += tensor
+        return total
+
+    def _statistics(self, split: str, predict: Callable[[Case], Prediction]) -> Tensor:
+        patients = self._archive.patients(split)
+        self._policy.release(len(patients))
+        total = self.study.task.statistics()
+        for entries in patients.values():
+            cases = [self._archive.load(entry) for entry in entries]
+            total = total + self.study.task.score(cases, [predict(case) for case in cases])
+        return total.to_vector()
+
+    def _batches(self, patients: Mapping[str, list[Entry]], draw: torch.Generator) -> Iterator[Batch]:
+        """Batches of one example each of different patients; every patient once before any twice."""
+        keys = list(patients)
+        size = min(self.study.plan.local.batch_size or len(keys), len(keys))
+        queue: list[str] = []
+        while True:
+            chosen: list[str] = []
+            while len(chosen) < size:
+                if not queue:
+                    # a new deck, those already in this batch at its end, so that none is in it twice
+                    deck = [keys[i] for i in torch.randperm(len(keys), generator=draw).tolist()]
+                    queue = [k for k in deck if k not in chosen] + [k for k in deck if k in chosen]
+                chosen.append(queue.pop(0))
+            entries = [patients[k][int(torch.randint(len(patients[k]), (), generator=draw))] for k in chosen]
+            examples = [self._bench.example(self.study, self._archive, entry) for entry in entries]
+            yield self.study.task.batch(examples, draw)
+
+    def _load(self, weights: Tensors) -> nn.Module:
+        model = self._bench.model(self.study)
+        here = _floats(model)
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                here[name].copy_(tensor)
+        return model
+
+    @staticmethod
+    def _weights(model: nn.Module) -> Tensors:
+        """A copy: the model goes on to other sites."""
+        return {name: tensor.detach().clone() for name, tensor in _floats(model).items()}
+
+
+def _floats(model: nn.Module) -> Tensors:
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
+
+
+class _Stepper:
+    """One phase's optimiser, made anew for every round: no memory hides at the site."""
+
+    def __init__(self, phase: Phase, model: nn.Module, plan: Plan, correct: Correct | None) -> None:
+        self.phase = phase
+        self._model = model
+        self._plan = plan
+        self._correct = correct
+        self._parameters = {
+            n: p for n, p in model.named_parameters() if phase.parameters(n) and p.requires_grad
+        }
+        self._optimizer = _optimizer(plan, list(self._parameters.values()))
+        self._losses: list[Tensor] = []
+
+    def step(self, batch: Batch | None, progress: float) -> None:
+        """One step; `progress` in [0, 1) is the way through all rounds, for the schedule."""
+        local = self._plan.local
+        rate = local.lr
+        if local.schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        self._losses.append(self._backward(batch))
+        if local.clip_norm:
+            nn.utils.clip_grad_norm_(list(self._parameters.values()), local.clip_norm)
+        if self._correct is not None:
+            self._correct(self._parameters)
+        self._optimizer.step()
+
+    def _backward(self, batch: Batch | None) -> Tensor:
+        """Gradients of the mean loss over the batch, in chunks; returns that mean, detached."""
+        device = next(iter(self._parameters.values())).device
+        total = torch.zeros((), device=device)
+        for share, part in _chunks(batch, self._plan.local.micro_chunk):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                loss = self.phase.loss(self._model, part).mean() * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def mean(self) -> float:
+        """Mean loss over the steps taken."""
+        return float(torch.stack(self._losses).mean()) if self._losses else 0.0
+
+
+def _chunks(batch: Batch | None, size: int) -> Iterator[tuple[float, Batch | None]]:
+    """Parts of a batch, each with its share of the whole."""
+    count = 0 if batch is None else len(next(iter(batch.values())))
+    if batch is None or not size or size >= count:
+        yield 1.0, batch
+        return
+    for start in range(0, count, size):
+        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
+        yield len(next(iter(part.values()))) / count, part
+
+
+def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    local = plan.local
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True
+        )
+    kind = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=local.lr, weight_decay=local.weight_decay, fused=True)

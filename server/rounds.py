@@ -1,0 +1,248 @@
+"""The round loop: ask, check, fold, checkpoint, evaluate. It knows an exchange, not what carries it.
+
+For each round: cohort → the strategy yields asks, the exchange returns what they folded to → the
+strategy returns model and state → checkpoint (atomic) → evaluation → metrics.jsonl (atomic). Killed
+anywhere, `run` goes on from the newest intact checkpoint and ends with the bytes of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conf.exits import Exit, Stop
+from server.checkpoint import Progress, kept, latest, no_space, save
+from server.cohort import cohort
+from server.evaluate import Line, Metrics
+from server.exchange import Exchange, Order
+from server.journal import Journal
+from strategies.base import Abandon, Ask, Strategy, Study
+from strategies.exact import Collected, Folded, Sum
+from strategies.protocol import Epoch, Failure, Instruction, Spec, Tree
+
+ATTEMPTS = 3
+
+Watch = Callable[[str, int], None]
+"""Told what just happened, and in which round: `start`, `ask`, `answer`, `fold`, `checkpoint`, `evaluate`."""
+
+
+@dataclass
+class Run:
+    """One run of a plan over named sites, in a folder.
+
+    Attributes:
+        folder: holds checkpoints/, journal.jsonl, metrics.jsonl, timing.jsonl.
+        id: random; names the run to its sites, and stands in nothing that two equal runs share.
+        keep: checkpoints kept.
+    """
+
+    study: Study
+    strategy: Strategy
+    sites: Sequence[str]
+    exchange: Exchange
+    folder: Path
+    id: str
+    code: str
+    keep: int = 2
+    watch: Watch = lambda *_: None
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.folder / "journal.jsonl")
+        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        found, damaged = latest(self.folder / "checkpoints")
+        self.warnings += [f"checkpoint {text} is damaged; going on from the one before" for text in damaged]
+        self.progress = found or Progress(
+            0, self.study.initial, self.strategy.start(self.study, tuple(sorted(self.sites)))
+        )
+        if found is None:
+            self._save()
+        self.metrics.forget(after=self.progress.round)
+        self.exchange.restore(self.progress.exchange)
+
+    @property
+    def rounds(self) -> int:
+        return self.study.plan.federation.rounds
+
+    def train(self, *, evaluate: bool = True) -> Progress:
+        """All rounds that are left.
+
+        Raises:
+            Stop: `SITE_REFUSED` no site accepts the plan; `TOO_FEW_REPLIES` a round had too few valid
+                replies, three times; `DISK_FULL`.
+        """
+        self._propose()
+        if evaluate:
+            self._evaluate()  # a crash may have fallen between a checkpoint and its evaluation
+        while self.progress.round < self.rounds:
+            began = time.monotonic()
+            self.watch("start", self.progress.round + 1)
+            self.progress = self._round(self.progress.round + 1)
+            trained = time.monotonic()
+            self._save()
+            self.watch("checkpoint", self.progress.round)
+            saved = time.monotonic()
+            if evaluate:
+                self._evaluate()
+            self._time(train=trained - began, checkpoint=saved - trained, evaluate=time.monotonic() - saved)
+        return self.progress
+
+    def _propose(self) -> None:
+        """The plan travels once; a site that refuses it is not fatal while enough others accept."""
+        ask = Ask(
+            tuple(sorted(self.sites)),
+            "plan",
+            {"plan": self.study.plan.canonical()},
+            Spec({}, 1, 1.0),
+            counts=False,
+        )
+        folded = self.ask(ask, 0, 0)
+        least = self.study.plan.federation.min_replies
+        if len(folded.sites) < least:
+            raise Stop(
+                Exit.SITE_REFUSED,
+                f"{len(folded.sites)} sites accept the plan; need {least}: {_codes(folded)}",
+            )
+
+    def _round(self, r: int) -> Progress:
+        """One round: the first attempt that is not abandoned."""
+        reasons = []
+        for attempt in range(ATTEMPTS):
+            self.exchange.restore(self.progress.exchange)
+            try:
+                return self._attempt(r, attempt)
+            except Abandon as reason:
+                reasons.append(str(reason))
+        raise Stop(
+            Exit.TOO_FEW_REPLIES,
+            f"round {r} of {self.rounds} was abandoned {ATTEMPTS} times: {reasons[-1]} "
+            "(setting: federation.min_replies; journal.jsonl has the sites' codes)",
+        )
+
+    def _attempt(self, r: int, attempt: int) -> Progress:
+        before = self.progress
+        settled: dict[str, Epoch] = {}
+        chosen = cohort(self.study.plan, r, self.sites)
+        steps = self.strategy.round(r, before.state, before.model, self.study, chosen)
+        folded: Folded | None = None
+        try:
+            while True:
+                ask = next(steps) if folded is None else steps.send(folded)
+                if isinstance(folded, Collected):
+                    folded.close()
+                folded = self.ask(ask, r, attempt)
+                least = self.study.plan.federation.min_replies if ask.least is None else ask.least
+                if len(folded.sites) < least:
+                    raise Abandon(f"{len(folded.sites)} valid replies, need {least}: {_codes(folded)}")
+                if ask.counts:
+                    settled |= folded.sites
+        except StopIteration as end:
+            model, state = end.value
+        finally:
+            if isinstance(folded, Collected):
+                folded.close()
+        return Progress(r, model, state, before.settled | settled, self.exchange.snapshot())
+
+    def ask(self, ask: Ask, r: int, attempt: int) -> Folded:
+        """Send one ask out and return what it folded to; failures are journaled as they happen."""
+        known = self.journal.failed(r, attempt, ask.stage)
+        busy = self.exchange.busy() if ask.need is not None else frozenset()
+        plan = self.study.plan
+        instructions = {
+            site: Instruction(
+                run=self.id,
+                round=r,
+                attempt=attempt,
+                stage=ask.stage,
+                site=site,
+                settled=self.progress.settled.get(site),
+                plan=plan.digest,
+                code=self.code,
+                common="",
+                own=dict(ask.own.get(site, {})),
+            )
+            for site in ask.sites
+            if site not in known and site not in busy
+        }
+
+        def heard(site: str, failure: Failure | None) -> None:
+            if failure is not None:
+                self.journal.failure(r, attempt, ask.stage, site, failure)
+            self.watch("answer", r)
+
+        self.watch("ask", r)
+        order = Order(ask, r, instructions, known, plan.federation.round_timeout_s)
+        folded = self.exchange(order, heard)
+        self.journal.answered(r, attempt, ask.stage, sorted(folded.sites))
+        self.watch("fold", r)
+        return folded
+
+    def _evaluate(self) -> None:
+        """Score the model where that is due and not yet done: on validation, at the end on test too."""
+        r, every = self.progress.round, self.study.plan.federation.evaluate_every
+        last = r == self.rounds
+        if r == 0 or self.metrics.has(r) or not (last or (every and r % every == 0)):
+            return
+        lines = []
+        for split in ("val", "test") if last else ("val",):
+            lines += self.score("federated", {"kind": "federated", **self._down()}, split)
+            if self.strategy.personalises:
+                lines += self.score("personal", {"kind": "personal", **self._down()}, split)
+        self.metrics.add(lines)
+        self.watch("evaluate", r)
+
+    def _down(self) -> Tree:
+        return self.strategy.down(self.progress.state, self.progress.model, self.study)
+
+    def score(self, model: str, down: Tree, split: str) -> list[Line]:
+        """Ask every site to score a model on a split; one line a site, one over all."""
+        stage = f"evaluate/{model}/{split}"
+        spec = self.strategy.spec(self.study, stage)
+        ask = Ask(
+            tuple(sorted(self.sites)), stage, {**down, "split": split}, spec, self.metrics.fold, counts=False
+        )
+        folded = self.ask(ask, self.progress.round, 0)
+        if not isinstance(folded, Collected):
+            raise TypeError("an evaluation is collected")
+        with folded:
+            return self.metrics.lines(folded, self.study.task.statistics(), self.progress.round, split, model)
+
+    def trivial(self, name: str, splits: Sequence[str]) -> list[Line]:
+        """Fit a trivial predictor by exact sums over the sites, and score it like a model."""
+        stage = f"trivial/{name}"
+        sites = tuple(sorted(self.sites))
+        spec = self.strategy.spec(self.study, stage)
+        total = self.ask(Ask(sites, stage, {}, spec, Sum(), counts=False), self.progress.round, 0)
+        if isinstance(total, Collected):
+            raise TypeError("a trivial predictor is summed")
+        down = {"kind": "trivial", "name": name, "sums": dict(total.sum("sums"))}
+        return [line for split in splits for line in self.score(name, down, split)]
+
+    def _save(self) -> None:
+        folder = self.folder / "checkpoints"
+        save(folder, self.progress, self.keep)
+        # payloads of outstanding asynchronous jobs live as long as a checkpoint that names them
+        needed = {job["common"] for tree in kept(folder) for job in tree.get("jobs", [])}
+        for blob in (self.folder / "blobs").glob("*.safetensors"):
+            if blob.stem not in needed:
+                blob.unlink()
+
+    def _time(self, **seconds: float) -> None:
+        entry = {"round": self.progress.round, **{k: round(v, 4) for k, v in seconds.items()}}
+        with no_space("timing.jsonl"), (self.folder / "timing.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _codes(folded: Folded) -> str:
+    """Failure codes with the sites that gave them."""
+    by: dict[str, list[str]] = {}
+    for site, failure in sorted(folded.failures.items()):
+        by.setdefault(failure.code, []).append(site)
+    named = "; ".join(
+        f"{code}: {', '.join(sites[:5])}{' …' if len(sites) > 5 else ''}" for code, sites in by.items()
+    )
+    return named or "no site was asked"

@@ -1,0 +1,75 @@
+"""A run's directory: what stands in it, and how it is made and opened."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from conf.exits import Exit, Stop
+from conf.schema import Settings, complaint
+from server.checkpoint import no_space
+from strategies.store import write_atomic
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`config.yaml`, `plan.json`, `run.json`; the round loop adds the rest.
+
+    Attributes:
+        id: random, made with the folder.
+    """
+
+    path: Path
+    settings: Settings
+    id: str
+
+    @classmethod
+    def create(cls, path: Path, settings: Settings) -> RunFolder:
+        """Make a new run directory.
+
+        Raises:
+            Stop: (`RUN_EXISTS`, `DISK_FULL`).
+        """
+        made = cls(path, settings, secrets.token_hex(16))
+        with no_space(str(path)):
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                raise Stop(
+                    Exit.RUN_EXISTS, f"run.dir {path} exists; choose another, or: wardround resume {path}"
+                ) from None
+            config = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=True)
+            write_atomic(path / "config.yaml", config.encode())
+            write_atomic(path / "plan.json", settings.plan.canonical().encode())
+            # run.json comes last: a folder with it is a whole run
+            run = {"id": made.id, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+            write_atomic(path / "run.json", json.dumps(run).encode())
+        return made
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open what `create` made.
+
+        Raises:
+            Stop: (`NO_RUN`) it is not a run, or its files were changed.
+        """
+        try:
+            run = json.loads((path / "run.json").read_bytes())
+            settings = Settings.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
+            if (path / "plan.json").read_text() != settings.plan.canonical():
+                raise Stop(
+                    Exit.NO_RUN, f"{path}/plan.json and config.yaml differ; restore the one that was changed"
+                )
+            return cls(path, settings, run["id"])
+        except ValidationError as error:
+            raise Stop(Exit.NO_RUN, f"{path}/config.yaml: {complaint(error)}") from None
+        except (OSError, json.JSONDecodeError, yaml.YAMLError, KeyError) as error:
+            raise Stop(
+                Exit.NO_RUN, f"{path} is not a run directory ({type(error).__name__}: {error})"
+            ) from None

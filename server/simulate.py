@@ -1,0 +1,263 @@
+"""A whole federation on one machine: the sites' own code, on cases dealt out to simulated hospitals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from client.site import Archive, Bench, Plans, Policy, Site
+from conf.exits import Exit, Stop
+from conf.schema import Data, Plan, Section, Settings
+from server.checkpoint import latest
+from server.evaluate import Line
+from server.exchange.local import LocalExchange
+from server.progress import bar, note
+from server.rounds import Run
+from server.runfolder import RunFolder
+from strategies.base import Tensors
+from strategies.code import code_digest
+from tasks.data.cache import Cache, Entry, default_cache
+from tasks.data.ingest import ingest
+from tasks.data.splits import by_site, deal, split
+
+Splits = Mapping[str, tuple[Entry, ...]]
+
+#: Names patients in simulation, where all data are the researcher's own: equal on every machine, so that
+#: splits and results are. A hospital's key is its own, random and secret (`wardround-site`).
+_KEY = b"wardround simulation, no secret "
+
+
+def simulate(settings: Settings) -> Path:
+    """Run a simulation and return its directory.
+
+    Raises:
+        Stop: with the reason and its exit code; nothing is written for a mistake in the settings or data.
+    """
+    if settings.run.dir is None:
+        raise Stop(Exit.CONFIG, "run.dir is not set; give the directory to write: run.dir=runs/NAME")
+    path = Path(settings.run.dir).absolute()
+    if path.exists():
+        raise Stop(Exit.RUN_EXISTS, f"run.dir {path} exists; choose another, or: wardround resume {path}")
+    Bench().study(settings.plan)  # every name and parameter, before anything is written
+    federation = Federation.of(settings.data, settings.plan)
+    return Simulation(RunFolder.create(path, settings), federation).run()
+
+
+def resume(path: Path) -> Path:
+    """Go on with an interrupted run, to the same end; a finished one stays as it is.
+
+    Raises:
+        Stop: with the reason and its exit code.
+    """
+    folder = RunFolder.open(path.absolute())
+    return Simulation(folder, Federation.of(folder.settings.data, folder.settings.plan)).run()
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Simulated sites: the cases of each by split, and the cache they are in."""
+
+    cache: Cache
+    sites: Mapping[str, Splits]
+
+    @classmethod
+    def of(cls, data: Data, plan: Plan) -> Federation:
+        """Ingest `data.root` where that is not done yet, and deal its cases out.
+
+        Raises:
+            Stop: no data, one patient, a site without training patients, a patient in two splits.
+        """
+        entries = _cached(data)
+        # for the whole federation first: a patient in two splits, or one patient only
+        split(
+            entries.entries,
+            val_fraction=data.val_fraction,
+            test_fraction=data.test_fraction,
+            seed=data.split_seed,
+        )
+        fixed = any(entry.split == "test" for entry in entries.entries)
+        dealt = deal(entries.entries, data.sites, data.split_seed) if data.sites else by_site(entries.entries)
+        sites = {name: _parts(own, data, fixed) for name, own in sorted(dealt.items())}
+        if bare := [name for name, parts in sites.items() if not parts["train"]]:
+            raise Stop(
+                Exit.TOO_MANY_SITES,
+                f"site {bare[0]} has no training patient, as have {len(bare) - 1} others of {len(sites)}; "
+                "use fewer sites or move patients to train (settings: data.sites, data.columns.split)",
+            )
+        for setting in ("cohort", "min_replies"):
+            if (asked := getattr(plan.federation, setting)) > len(sites):
+                raise Stop(Exit.CONFIG, f"federation.{setting} is {asked}; there are {len(sites)} sites")
+        return cls(entries, sites)
+
+    def site(self, name: str, folder: Path, bench: Bench, code: str) -> Site:
+        """The named site, its files below `folder`.
+
+        Every count may leave, and a stateless reply is not kept: a killed round is trained again.
+        """
+        archive = Archive(self.sites[name], self.cache.load)
+        plans = Plans(folder / "plans")
+        return Site(name, archive, Policy(minimum_cell=1), bench, plans, folder / name, code, durable=False)
+
+    def merged(self, name: str, names: list[str]) -> Federation:
+        """One site of the given name that holds the cases of several."""
+        parts = {k: tuple(e for n in names for e in self.sites[n][k]) for k in ("train", "val", "test")}
+        return Federation(self.cache, {name: parts})
+
+
+def _cached(data: Data) -> Cache:
+    """The cache of `data.root`, brought up to date."""
+    root = Path(data.root).absolute()
+    folder = Path(data.cache).absolute() if data.cache else default_cache(root)
+    with bar("ingest") as progress:
+        report = ingest(
+            root,
+            Cache(folder),
+            manifest=data.manifest,
+            columns=data.columns,
+            label_map=data.label_map,
+            key=_KEY,
+            workers=os.cpu_count() or 1,
+            progress=progress,
+        )
+    for refused in report.refused:
+        note(f"refused: {refused.source}: {refused.reason} ({refused.detail})")
+    return Cache(folder)
+
+
+def _parts(entries: tuple[Entry, ...], data: Data, fixed: bool) -> Splits:
+    """A site's own splits. Where the manifest fixes a test split, no site makes one of its own."""
+    marked = {kind: tuple(e for e in entries if e.split == kind) for kind in ("val", "test")}
+    free = tuple(e for e in entries if e.split not in ("val", "test"))
+    if len({e.patient for e in free}) < 2:
+        return {"train": free, **marked}
+    return split(
+        entries,
+        val_fraction=data.val_fraction,
+        test_fraction=0.0 if fixed else data.test_fraction,
+        seed=data.split_seed,
+    )
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A run directory, and the sites that train into it."""
+
+    folder: RunFolder
+    federation: Federation
+
+    def run(self) -> Path:
+        """Train, train what it is compared with, score everything."""
+        settings = self.folder.settings
+        torch.set_num_threads(settings.plan.local.threads)
+        self._train(self.federation, settings.plan, self.folder.path, self._count(), evaluate=True)
+        baselines = self._baselines()
+        with self._exchange(self.federation, self.folder.path, settings.plan, self._count()) as exchange:
+            run = self._loop(self.federation, settings.plan, self.folder.path, exchange)
+            run.metrics.add(self._compare(run, baselines))
+        return self.folder.path
+
+    def _count(self) -> int:
+        """One process a core; where sites are few, one a site: three sites then share two cores evenly."""
+        cores, sites = os.cpu_count() or 1, len(self.federation.sites)
+        return self.folder.settings.runtime.workers or (sites if sites <= 2 * cores else cores)
+
+    def _exchange(self, federation: Federation, path: Path, plan: Plan, workers: int) -> LocalExchange:
+        bench, code = Bench(self.folder.settings.runtime.device), code_digest()
+        bench.study(plan)  # before the fork: the workers share it
+
+        def site(name: str) -> Site:
+            return federation.site(name, path / "sites", bench, code)
+
+        return LocalExchange(site, blobs=path / "blobs", seed=plan.seed, workers=workers)
+
+    def _loop(self, federation: Federation, plan: Plan, path: Path, exchange: LocalExchange) -> Run:
+        study, strategy = Bench().study(plan)
+        return Run(
+            study=study,
+            strategy=strategy,
+            sites=list(federation.sites),
+            exchange=exchange,
+            folder=path,
+            id=self.folder.id,
+            code=code_digest(),
+            keep=self.folder.settings.run.keep,
+        )
+
+    def _train(self, federation: Federation, plan: Plan, path: Path, workers: int, *, evaluate: bool) -> None:
+        with self._exchange(federation, path, plan, workers) as exchange:
+            run = self._loop(federation, plan, path, exchange)
+            for warning in run.warnings:
+                note(warning)
+            with bar(path.name) as progress:
+                run.watch = lambda _, r: progress(r, plan.federation.rounds)
+                run.train(evaluate=evaluate)
+
+    def _compare(self, run: Run, baselines: Mapping[str, Tensors]) -> list[Line]:
+        """Score what the federated model is held against; what an earlier go has scored is left out."""
+        trivial = run.study.task.trivial() if "trivial" in self.folder.settings.baselines else ()
+        lines: list[Line] = []
+        for name in trivial:
+            if not run.metrics.has(run.rounds, name):
+                lines += run.trivial(name, ("val", "test"))
+        for name, model in baselines.items():
+            if not run.metrics.has(run.rounds, name):
+                for part in ("val", "test"):
+                    lines += run.score(name, {"kind": "given", "model": model}, part)
+        return lines
+
+    def _baselines(self) -> dict[str, Tensors]:
+        """Models trained on all cases at one place (`pooled`) and at each site by itself (`local:<site>`).
+
+        The same plan under plain averaging, which over one site is plain training; as many at a time as
+        there are cores.
+        """
+        asked, names = self.folder.settings.baselines, list(self.federation.sites)
+        federations = {"pooled": self.federation.merged("pooled", names)} if "pooled" in asked else {}
+        if "local" in asked:
+            federations |= {f"local:{name}": self.federation.merged(name, [name]) for name in names}
+        plan = self.folder.settings.plan
+        rules = plan.federation.model_copy(update={"cohort": 0, "min_replies": 1, "round_timeout_s": 0.0})
+        alone = plan.model_copy(update={"strategy": Section(name="fedavg"), "federation": rules})
+        paths = {name: self.folder.path / "baselines" / name.replace(":", "-") for name in federations}
+        _side_by_side(
+            {n: (self._train, (f, alone, paths[n], 1), {"evaluate": False}) for n, f in federations.items()}
+        )
+        models = {}
+        for name, path in paths.items():
+            progress, _ = latest(path / "checkpoints")
+            if progress is None or progress.round < plan.federation.rounds:
+                raise Stop(Exit.INTERNAL, f"the baseline {name} did not end; wardround resume repeats it")
+            models[name] = progress.model
+        return models
+
+
+def _side_by_side(jobs: Mapping[str, tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]]) -> None:
+    """Run functions in forked processes, as many at a time as there are cores.
+
+    Raises:
+        Stop: one of them failed; the others have ended.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting, running, failed = deque(jobs.items()), dict[int, tuple[str, BaseProcess]](), list[str]()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            name, (function, arguments, options) = waiting.popleft()
+            process: BaseProcess = context.Process(target=function, args=arguments, kwargs=options)
+            process.start()
+            running[process.sentinel] = name, process
+        for sentinel in wait(list(running)):
+            name, process = running.pop(int(str(sentinel)))
+            process.join()
+            if process.exitcode:
+                failed.append(name)
+    if failed:
+        raise Stop(Exit.INTERNAL, f"baseline {', '.join(failed)} failed; its error stands above")

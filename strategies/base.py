@@ -1,0 +1,281 @@
+"""What a federated algorithm is: both halves of it, in one frozen class of hyper-parameters.
+
+The server half is a generator: it yields `Ask`s and receives what the sites' answers folded to, so
+that averaging, cyclic transfer, buffered asynchrony and the stages of a secure sum are the same thing
+to the round loop. The client half answers one stage. All memory is explicit: the server's state is a
+tree that the loop checkpoints, a site's is a tree that the site keeps; neither hides in an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import Plan
+from strategies.exact import Fold, Folded, Sum, Total
+from strategies.protocol import Refused, Spec, Tree, Update
+from tasks.base import Task, build_task
+from tasks.seeds import seed
+
+Tensors = dict[str, Tensor]
+Correct = Callable[[Mapping[str, nn.Parameter]], None]
+"""Changes the gradients of one step in place (`p.grad`), after clipping and noise."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What both ends derive from a plan.
+
+    Attributes:
+        initial: the model's float tensors before round 1. Integer buffers stay home.
+        trainable: names of its parameters. norms: names that belong to normalisation layers.
+    """
+
+    plan: Plan
+    task: Task
+    initial: Tensors
+    trainable: frozenset[str]
+    norms: frozenset[str]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Study:
+        """Build the task and the initial model that `plan` names.
+
+        Raises:
+            Stop: an unknown name, or a parameter out of bounds.
+        """
+        task = build_task(plan)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed(plan.seed, "", 0, "plan", "model") % 2**32)
+            model = task.build_model()
+        names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+        norms = {
+            names[id(t)]
+            for module in model.modules()
+            if isinstance(module, _NORMS)
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        }
+        return cls(
+            plan,
+            task,
+            {n: t.detach().clone() for n, t in model.state_dict().items() if t.is_floating_point()},
+            frozenset(n for n, _ in model.named_parameters()),
+            frozenset(norms),
+        )
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to several sites.
+
+    Attributes:
+        stage: which half of which handler answers; "stage/detail", unique within a round's attempt.
+        down: payload for all. own: payload for one site alone.
+        need: answers to wait for, of everything outstanding (asynchronous); None = all.
+        least: fewer answers abandon the attempt; None = the plan's `federation.min_replies`.
+        counts: an answer folded here settles its site's epoch.
+    """
+
+    sites: tuple[str, ...]
+    stage: str
+    down: Tree
+    spec: Spec
+    fold: Fold = field(default_factory=Sum)
+    own: Mapping[str, Tree] = field(default_factory=dict)
+    need: int | None = None
+    least: int | None = None
+    counts: bool = True
+
+
+Round = Generator[Ask, Folded, tuple[Tensors, Tree]]
+
+
+class Abandon(Exception):
+    """Too few answers to go on with; the loop tries the round again, from the same state."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What local training left behind: all float tensors, and the mean loss of the private phases."""
+
+    weights: Tensors
+    loss: float
+
+
+class Local(Protocol):
+    """What a site lends to a strategy's client half, for one stage."""
+
+    @property
+    def study(self) -> Study: ...
+    @property
+    def round(self) -> int: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def weight(self) -> int:
+        """How much this site counts: its training patients (capped), or 1."""
+
+    @property
+    def common(self) -> Tree: ...
+    @property
+    def own(self) -> Tree: ...
+    @property
+    def state(self) -> Tree:
+        """The site's settled private state; empty at first. Not to be changed."""
+
+    def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Fitted:
+        """Train from `weights` on the site's training patients; random draws are those of `purpose`."""
+
+    def score(self, weights: Tensors, split: str) -> Tensor:
+        """Summed statistics of a model on a split, as a float64 vector."""
+
+    def accumulate(self, trivial: str) -> Tensors:
+        """A trivial predictor's sums over the training cases."""
+
+    def score_trivial(self, trivial: str, sums: Tensors, split: str) -> Tensor:
+        """Summed statistics of a trivial predictor on a split."""
+
+
+class Strategy:
+    """Federated averaging, and the hooks that other algorithms change.
+
+    McMahan et al., 2017 (arXiv:1602.05629), on differences: model + Σ wₖ (modelₖ − model) / Σ wₖ.
+    """
+
+    stateful = False
+    """Whether sites keep private state from round to round."""
+
+    personalises = False
+    """Whether sites end up with models of their own."""
+
+    # ---- both ends
+
+    def shared(self, study: Study) -> tuple[str, ...]:
+        """Names of the tensors that travel."""
+        return tuple(study.initial)
+
+    def groups(self, study: Study) -> dict[str, tuple[str, ...]]:
+        """Groups of tensors in an answer to `train`, each with the names in it."""
+        return {"delta": self.shared(study)}
+
+    def spec(self, study: Study, stage: str) -> Spec:
+        """The only form that an answer to `stage` may have.
+
+        Raises:
+            Refused: (`stage`) this strategy has no such stage.
+        """
+        federation = study.plan.federation
+        kind, _, detail = stage.partition("/")
+        if kind == "train":
+            tensors = {
+                f"{group}/{name}": (tuple(study.initial[name].shape), torch.float32)
+                for group, names in self.groups(study).items()
+                for name in names
+            }
+            tensors["loss/train"] = ((), torch.float32)
+            return Spec(tensors, federation.max_weight, federation.max_value)
+        if kind == "trivial" and detail in (trivial := study.task.trivial()):
+            sums = trivial[detail].zero()
+            return Spec({f"sums/{n}": (tuple(t.shape), torch.float64) for n, t in sums.items()}, 1, 2.0**31)
+        if kind == "evaluate":
+            size = study.task.statistics().to_vector().numel()
+            return Spec({"statistics/sum": ((size,), torch.float64)}, 1, 0.0)
+        raise Refused("stage", stage)
+
+    # ---- the coordinator's half
+
+    def start(self, study: Study, sites: tuple[str, ...]) -> Tree:
+        """The server's state before round 1."""
+        return {}
+
+    def fold(self) -> Fold:
+        """How answers to `train` come together."""
+        return Sum()
+
+    def round(self, r: int, state: Tree, model: Tensors, study: Study, sites: tuple[str, ...]) -> Round:
+        """One round over `sites`: by default one ask, then `apply`."""
+        folded = yield self.train(state, model, study, sites)
+        return self.apply(folded, state, model, study)
+
+    def train(self, state: Tree, model: Tensors, study: Study, sites: tuple[str, ...]) -> Ask:
+        """The ask of a training stage."""
+        return Ask(sites, "train", self.down(state, model, study), self.spec(study, "train"), self.fold())
+
+    def down(self, state: Tree, model: Tensors, study: Study) -> Tree:
+        """What every site of a round gets."""
+        return {"model": {name: model[name] for name in self.shared(study)}}
+
+    def apply(self, folded: Folded, state: Tree, model: Tensors, study: Study) -> tuple[Tensors, Tree]:
+        """The next model and state."""
+        return moved(model, folded), state
+
+    # ---- the site's half
+
+    def answer(self, stage: str, local: Local) -> tuple[Update, Tree | None]:
+        """Answer one stage; the second value is the site's next private state (None: as it was)."""
+        kind, _, detail = stage.partition("/")
+        if kind == "train":
+            return self.learn(local)
+        if kind == "trivial":
+            return Update({f"sums/{n}": t for n, t in local.accumulate(detail).items()}), None
+        if kind == "evaluate":
+            return Update({"statistics/sum": self.judge(local)}), None
+        raise Refused("stage", stage)
+
+    def weights(self, local: Local) -> Tensors:
+        """The model as this site uses it: what came down, completed by what it keeps to itself."""
+        return {**local.study.initial, **local.state.get("private", {}), **local.common["model"]}
+
+    def learn(self, local: Local) -> tuple[Update, Tree | None]:
+        """Local training and its report."""
+        start = self.weights(local)
+        fitted = local.fit(start, correct=self.correction(local, start))
+        return self.report(local, start, fitted), self.keep(local, fitted)
+
+    def correction(self, local: Local, start: Tensors) -> Correct | None:
+        """What this algorithm adds to the gradients of a step."""
+        return None
+
+    def report(self, local: Local, start: Tensors, fitted: Fitted) -> Update:
+        """What goes up after training."""
+        tensors = {f"delta/{n}": fitted.weights[n] - start[n] for n in self.shared(local.study)}
+        bound = local.study.plan.federation.max_value
+        tensors["loss/train"] = torch.tensor(min(fitted.loss, bound), dtype=torch.float32)
+        return Update(tensors, local.weight)
+
+    def keep(self, local: Local, fitted: Fitted) -> Tree | None:
+        """The site's private state after training."""
+        return None
+
+    def personal(self, local: Local) -> Tensors | None:
+        """The model that this site keeps for itself, where the algorithm makes one."""
+        return None
+
+    def judge(self, local: Local) -> Tensor:
+        """Statistics of the model that the payload names, on the split that it names."""
+        asked = local.common
+        match asked["kind"]:
+            case "trivial":
+                return local.score_trivial(asked["name"], asked["sums"], asked["split"])
+            case "federated":
+                return local.score(self.weights(local), asked["split"])
+            case "personal" if (weights := self.personal(local)) is not None:
+                return local.score(weights, asked["split"])
+            case "given":
+                return local.score({**local.study.initial, **asked["model"]}, asked["split"])
+        raise Refused("stage", str(asked["kind"])[:32])
+
+
+def moved(model: Tensors, folded: Folded, group: str = "delta") -> Tensors:
+    """`model` plus the mean of a group; tensors that do not travel stay as they are."""
+    if not isinstance(folded, Total):
+        raise TypeError("needs a Sum")
+    mean = folded.mean(group)
+    return {name: tensor + mean[name] if name in mean else tensor for name, tensor in model.items()}

@@ -1,0 +1,308 @@
+"""How answers come together: `Sum` adds exactly, `Collect` keeps each one on disk.
+
+A sum lives in an int64 fixed-point ring: every value, times its weight and 2^bits, is rounded to a
+whole number *before* it is added, and whole numbers add the same in any order, grouping or process.
+Rounding is by magic number: 1.5 * 2^52 plus a float64 below 2^51 holds the rounded integer in its low
+bits, so one addition in float64 and one in int64 are all it takes. The magic's own bits pile up
+with each addition and are taken off once, at the end (modulo 2^64, as int64 counts).
+
+What passes `Spec.check` cannot overflow: `ring_bits` leaves room for the largest weight and value.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from strategies.protocol import Epoch, Failure, Spec, Update
+
+_MAGIC = torch.tensor(1.5 * 2.0**52, dtype=torch.float64)
+_MAGIC_BITS = 0x4338000000000000
+_BLOCK = 2**18  # values: 2 MiB of float64, which stays in the cache of one core
+_AGE_UNIT = 256  # staleness factors are whole multiples of 1/256, so that weights stay exact
+
+MAX_ADDS = 4096
+"""Most answers that one sum has room for."""
+
+
+def ring_bits(max_weight: int, max_value: float) -> int:
+    """Binary places of the ring: as many as the largest weight and value leave room for, at most 32.
+
+    Two limits: |weight * value| * 2^bits stays under 2^51 (the rounding), and `MAX_ADDS` of them under
+    2^62 (the sum). The resolution is absolute: 2^-bits / total weight.
+
+    Raises:
+        ValueError: there is no room at all.
+    """
+    size = math.ceil(math.log2(max_weight)) + math.ceil(math.log2(max_value))
+    bits = min(32, 51 - size, 62 - size - int(math.log2(MAX_ADDS)))
+    if bits < 16:
+        raise ValueError(
+            f"federation.max_weight {max_weight} times max_value {max_value:g} leaves {bits} binary places "
+            "for a sum; need 16: lower one of them"
+        )
+    return bits
+
+
+def _group(name: str) -> str:
+    return name.partition("/")[0]
+
+
+@dataclass
+class Partial:
+    """An unfinished fold: mergeable, in any order.
+
+    Attributes:
+        ring: int64, flat, still with the magic's bits. rows: of a `Collect`, where each answer lies.
+    """
+
+    ring: Tensor | None = None
+    adds: int = 0
+    weight: int = 0
+    sites: dict[str, Epoch] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    rows: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+
+    def _join(self, other: Partial) -> None:
+        self.adds += other.adds
+        self.weight += other.weight
+        self.sites |= other.sites
+        self.failures |= other.failures
+        self.rows |= other.rows
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Exact weighted sums.
+
+    Attributes:
+        counted: groups of tensors in which every site counts the same, whatever its weight.
+        age_power: an answer that is `age` rounds old counts (1 + age)^-age_power of its weight.
+    """
+
+    counted: frozenset[str] = frozenset()
+    age_power: float = 0.0
+
+    def start(self, spec: Spec, place: Callable[[int], Tensor] | None = None) -> Partial:
+        """An empty sum; `place(n)` gives n zeroed int64 (shared memory, say)."""
+        zeros = place or (lambda n: torch.zeros(n, dtype=torch.int64))
+        return Partial(ring=zeros(spec.size))
+
+    def add(
+        self, partial: Partial, spec: Spec, site: str, epoch: Epoch, update: Update, age: int = 0
+    ) -> None:
+        """Add an answer that passed `spec.check`."""
+        if partial.ring is None or partial.adds >= MAX_ADDS:
+            raise ValueError(f"a sum has room for {MAX_ADDS} answers")
+        scale = 2.0 ** ring_bits(spec.max_weight, spec.max_value)
+        weight = update.weight * round(_AGE_UNIT * (1 + age) ** -self.age_power)
+        scratch = torch.empty(min(_BLOCK, spec.size), dtype=torch.float64)
+        at = 0
+        for name in spec.tensors:
+            values = update.tensors[name].reshape(-1)
+            alpha = scale if _group(name) in self.counted else scale * weight / _AGE_UNIT
+            _lift(values, alpha, partial.ring[at : at + values.numel()], scratch)
+            at += values.numel()
+        partial.adds += 1
+        partial.weight += weight
+        partial.sites[site] = epoch
+
+    def merge(self, into: Partial, other: Partial) -> None:
+        """Add `other` to `into`."""
+        if into.ring is None or other.ring is None:
+            raise ValueError("cannot merge a sum with a collection")
+        into.ring += other.ring
+        into._join(other)
+
+    def finish(self, partial: Partial, spec: Spec) -> Total:
+        """The total; `partial` is used up."""
+        if partial.ring is None:
+            raise ValueError("not a sum")
+        bias = (partial.adds * _MAGIC_BITS) % 2**64
+        partial.ring -= bias - 2**64 if bias >= 2**63 else bias
+        return Total(spec, self, partial.ring, partial.weight / _AGE_UNIT, partial.sites, partial.failures)
+
+
+def _lift(values: Tensor, alpha: float, ring: Tensor, scratch: Tensor) -> None:
+    """ring += round(values * alpha) (+ the magic's bits), block by block.
+
+    float32 is copied to float64 first (`torch.mul` into float64 multiplies in float32); 24 bits of it
+    times a weight below 2^29 are exact there, so fused or not, the one rounding is the magic's.
+    """
+    for start in range(0, values.numel(), _BLOCK):
+        part = values[start : start + _BLOCK]
+        block = scratch[: part.numel()]
+        block.copy_(part)
+        torch.add(_MAGIC, block, alpha=alpha, out=block)
+        ring[start : start + part.numel()] += block.view(torch.int64)
+
+
+@dataclass(frozen=True)
+class Total:
+    """A finished sum.
+
+    Attributes:
+        weight: sum of the weights. sites: whose answers it holds, and of which epoch.
+        failures: who did not answer, or was not accepted.
+    """
+
+    spec: Spec
+    fold: Sum
+    ring: Tensor
+    weight: float
+    sites: dict[str, Epoch]
+    failures: dict[str, Failure]
+
+    @property
+    def count(self) -> int:
+        return len(self.sites)
+
+    def mean(self, group: str) -> Mapping[str, Tensor]:
+        """The means of a group's tensors, each computed when it is asked for (memory of one tensor)."""
+        by = self.count if group in self.fold.counted else self.weight
+        return _Lazy(self, group, 1.0 / by)
+
+    def sum(self, group: str) -> Mapping[str, Tensor]:
+        """The weighted sums of a group's tensors."""
+        return _Lazy(self, group, 1.0)
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors of one group of a total, in the spec's shape and type."""
+
+    def __init__(self, total: Total, group: str, factor: float) -> None:
+        self._ring = total.ring
+        spec = total.spec
+        self._factor = factor / 2.0 ** ring_bits(spec.max_weight, spec.max_value)
+        self._at: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
+        at = 0
+        for name, (shape, dtype) in spec.tensors.items():
+            if _group(name) == group:
+                self._at[name.partition("/")[2]] = (at, shape, dtype)
+            at += math.prod(shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        at, shape, dtype = self._at[name]
+        size = math.prod(shape)
+        out = torch.empty(size, dtype=dtype)
+        for start in range(0, size, _BLOCK):
+            stop = min(start + _BLOCK, size)
+            out[start:stop] = self._ring[at + start : at + stop].double() * self._factor
+        return out.reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Every answer by itself, spooled to disk: for medians, and for tables of who scored what."""
+
+    def start(self, spec: Spec, place: Callable[[int], Tensor] | None = None) -> Partial:
+        """An empty collection."""
+        return Partial()
+
+    def add(
+        self, partial: Partial, spec: Spec, site: str, epoch: Epoch, update: Update, age: int = 0
+    ) -> None:
+        """Write an answer that passed `spec.check` to a file of its own."""
+        with tempfile.NamedTemporaryFile(prefix="wardround-", suffix=".row", delete=False) as file:
+            # listed before it is written: a full disk leaves no file that nobody removes
+            partial.rows[site] = (file.name, update.weight, age)
+            for name in spec.tensors:
+                file.write(update.tensors[name].detach().cpu().contiguous().numpy().tobytes())
+        partial.adds += 1
+        partial.weight += update.weight
+        partial.sites[site] = epoch
+
+    def merge(self, into: Partial, other: Partial) -> None:
+        """Add `other` to `into`."""
+        into._join(other)
+
+    def finish(self, partial: Partial, spec: Spec) -> Collected:
+        """The collection, in the order of the sites' names."""
+        return Collected(spec, dict(sorted(partial.rows.items())), partial.sites, partial.failures)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A finished collection. `close` (or leaving its `with`) removes the files."""
+
+    spec: Spec
+    rows: dict[str, tuple[str, int, int]]
+    sites: dict[str, Epoch]
+    failures: dict[str, Failure]
+
+    def __enter__(self) -> Collected:
+        return self
+
+    def __exit__(self, *_: Any) -> Literal[False]:
+        self.close()
+        return False
+
+    def close(self) -> None:
+        """Remove the spooled answers."""
+        for path, _, _ in self.rows.values():
+            Path(path).unlink(missing_ok=True)
+
+    @property
+    def count(self) -> int:
+        return len(self.sites)
+
+    @property
+    def weights(self) -> dict[str, int]:
+        return {site: weight for site, (_, weight, _) in self.rows.items()}
+
+    def answer(self, site: str) -> dict[str, Tensor]:
+        """One site's tensors."""
+        return {
+            name: self._read(site, name, 0, math.prod(self.spec.tensors[name][0])).reshape(
+                self.spec.tensors[name][0]
+            )
+            for name in self.spec.tensors
+        }
+
+    def reduce(self, group: str, rule: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Apply `rule([sites, columns]) -> [columns]` to a group, block by block."""
+        reduced = {}
+        step = max(1, 16 * _BLOCK // max(1, len(self.rows)))
+        for name, (shape, dtype) in self.spec.tensors.items():
+            if _group(name) != group:
+                continue
+            size = math.prod(shape)
+            out = torch.empty(size, dtype=dtype)
+            for start in range(0, size, step):
+                stop = min(start + step, size)
+                out[start:stop] = rule(
+                    torch.stack([self._read(site, name, start, stop) for site in self.rows])
+                )
+            reduced[name.partition("/")[2]] = out.reshape(shape)
+        return reduced
+
+    def _read(self, site: str, name: str, start: int, stop: int) -> Tensor:
+        """Values start to stop of one tensor of one answer."""
+        offset = 0
+        for other, (shape, dtype) in self.spec.tensors.items():
+            if other == name:
+                break
+            offset += math.prod(shape) * dtype.itemsize
+        dtype = self.spec.tensors[name][1]
+        if stop == start:
+            return torch.empty(0, dtype=dtype)
+        with Path(self.rows[site][0]).open("rb") as file:
+            file.seek(offset + start * dtype.itemsize)
+            return torch.frombuffer(bytearray(file.read((stop - start) * dtype.itemsize)), dtype=dtype)
+
+
+Fold = Sum | Collect
+Folded = Total | Collected
