@@ -65,12 +65,21 @@ def resume(run: RunFolder) -> None:
 @app.command()
 def report(
     run: RunFolder,
+    metric: Annotated[str | None, typer.Option(help="what to show, such as dice_1 or loss")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="print the table as Markdown")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--figure", metavar="PNG", help="also draw example slices and curves")
+    ] = None,
 ) -> None:
     """Print the results of a run again."""
     from server.report.table import show
 
-    show(run, markdown=markdown)
+    show(run, metric=metric, markdown=markdown)
+    if picture is not None:
+        from server.report.examples import examples
+        from server.report.figure import figure
+
+        figure(run, examples(run), picture)
 
 
 @app.command()

@@ -62,6 +62,13 @@ def records(run: Path) -> list[Record]:
         raise Stop(Exit.NO_RUN, f"{file} is damaged: a line of it is not JSON") from None
 
 
+def final(found: Sequence[Record]) -> dict[tuple[str, str], Record]:
+    """The last evaluation by model and site, on test patients where there are any."""
+    split = "test" if any(record["split"] == "test" for record in found) else "val"
+    in_order = sorted(found, key=lambda record: record["round"])
+    return {(r["model"], r["site"]): r for r in in_order if r["split"] == split}
+
+
 def results(found: Sequence[Record], metric: str | None = None) -> Results:
     """The last evaluation of every model at every hospital, on test patients where there are any.
 

@@ -1,0 +1,296 @@
+"""Composition: the whole tree of YAML files, and every way to get a setting wrong."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig
+from pydantic import BaseModel
+
+from conf.exits import Exit, Stop
+from conf.load import compose, main, validate
+from conf.schema import Data, Federation, Local, Plan, Privacy, Runtime, Section, Settings
+from strategies import STRATEGIES, build_strategy
+from tasks import TASKS
+from tasks.base import build_task
+from tasks.losses import LOSSES
+from tasks.models import MODELS
+
+CONF = Path(__file__).parents[2] / "conf"
+ROOT = "data.root=somewhere"
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("__"))
+FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+TABLES = {"task": TASKS, "model": MODELS, "loss": LOSSES, "strategy": STRATEGIES}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "local": Local,
+    "federation": Federation,
+    "privacy": Privacy,
+    "data": Data,
+    "runtime": Runtime,
+}
+#: what a task gives to the builder of its model, and what the plan gives to the task
+GIVEN = {"in_channels", "out_channels", "dimensions", "model", "loss"}
+
+
+def stopped(*overrides: str) -> Stop:
+    with pytest.raises(Stop, match=r"^[^\n]+$") as caught:
+        compose(overrides)
+    return caught.value
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_composes_and_validates(file: str) -> None:
+    group, option = file.split("/")
+    made = compose([f"{'+' if group == 'experiment' else ''}{group}={option}", ROOT])
+    build_strategy(made.plan)
+    if group in ("task", "loss", "experiment"):
+        build_task(made.plan)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("patch", ["[64,64]", "[32,32,32]"])
+def test_every_model_builds_in_two_and_three_dimensions(model: str, patch: str) -> None:
+    build_task(compose([f"model={model}", f"task.patch={patch}", ROOT]).plan)
+
+
+@pytest.mark.parametrize("group", TABLES)
+def test_a_table_and_its_folder_name_the_same_entries(group: str) -> None:
+    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(TABLES[group])
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.split("/")[0] in TABLES])
+def test_a_named_file_has_every_parameter_at_its_default(file: str) -> None:
+    group, name = file.split("/")
+    values = yaml.safe_load((CONF / f"{file}.yaml").read_text())
+    assert values.pop("name") == name
+    entry = TABLES[group][name]
+    if is_dataclass(entry):
+        defaults = {f.name: f.default for f in fields(entry) if f.name not in GIVEN}
+        needed = {f.name for f in fields(entry) if f.default is MISSING}
+    else:
+        parameters = inspect.signature(entry).parameters
+        defaults = {n: p.default for n, p in parameters.items() if n not in GIVEN}
+        needed = {n for n, p in parameters.items() if p.default is p.empty}
+    assert set(values) == set(defaults)
+    for key in set(values) - needed:
+        value = tuple(values[key]) if isinstance(values[key], list) else values[key]
+        assert value == defaults[key], key
+
+
+@pytest.mark.parametrize("group", SECTIONS)
+def test_a_section_file_has_every_setting(group: str) -> None:
+    made = compose([ROOT, f"{group}={next((CONF / group).glob('*.yaml')).stem}"])
+    section = getattr(made if group in ("data", "runtime") else made.plan, group)
+    assert section.model_fields_set == set(SECTIONS[group].model_fields)
+
+
+def test_the_defaults_are_those_of_the_schema() -> None:
+    made = compose([ROOT])
+    assert made.plan.local == Local()
+    assert made.plan.federation == Federation()
+    assert made.data == Data(root="somewhere")
+    assert made.runtime == Runtime()
+    assert made.baselines == Settings.model_fields["baselines"].default
+
+
+@pytest.mark.parametrize(
+    ("overrides", "read", "wanted"),
+    [
+        (["strategy=fedprox", "strategy.mu=0.1"], lambda s: s.plan.strategy, Section(name="fedprox", mu=0.1)),
+        (["model=unet", "model.channels=[8,16]"], lambda s: s.plan.model.parameters["channels"], [8, 16]),
+        (["task=segmentation"], lambda s: s.plan.task.name, "segmentation"),
+        (["run.dir=runs/x"], lambda s: s.run.dir, "runs/x"),
+        (["federation.rounds=3"], lambda s: s.plan.federation.rounds, 3),
+        (["runtime=local", "runtime.workers=2"], lambda s: s.runtime.workers, 2),
+        (["baselines=[pooled,local]"], lambda s: s.baselines, ("pooled", "local")),
+        (["data.columns.image=scan"], lambda s: s.data.columns.image, "scan"),
+        (["data.label_map={0:0,255:1}"], lambda s: s.data.label_map, {0: 0, 255: 1}),
+        (["data.label_map=nonzero"], lambda s: s.data.label_map, "nonzero"),
+        (["local.lr=1"], lambda s: s.plan.local.lr, 1.0),
+        (["seed=${federation.rounds}"], lambda s: s.plan.seed, 10),
+        (["+experiment=lungs", "federation.rounds=2"], lambda s: s.plan.federation.rounds, 2),
+    ],
+)
+def test_overrides_reach_the_settings(
+    overrides: list[str], read: Callable[[Settings], object], wanted: object
+) -> None:
+    assert read(compose([*overrides, ROOT])) == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "exit", "parts"),
+    [
+        ([], Exit.CONFIG, ["data.root", "missing", "data.root="]),
+        (["+experiment=lungs"], Exit.CONFIG, ["data.root", "missing"]),
+        (["federation.rounds=0", ROOT], Exit.NO_ROUNDS, ["federation.rounds", "0", "1"]),
+        (["federation.rounds=2.5", ROOT], Exit.CONFIG, ["federation.rounds", "2.5", "integer"]),
+        (["federation.rounds=true", ROOT], Exit.CONFIG, ["federation.rounds", "True", "integer"]),
+        (["federation.rounds='3'", ROOT], Exit.CONFIG, ["federation.rounds", "'3'", "integer"]),
+        (["federation.min_replies=0", ROOT], Exit.CONFIG, ["federation.min_replies", "0", "1"]),
+        (["federation.cohort=2", "federation.min_replies=3", ROOT], Exit.CONFIG, ["min_replies", "3", "2"]),
+        (["local.lr=-1", ROOT], Exit.CONFIG, ["local.lr", "-1", "greater than 0"]),
+        (["local.lr=nan", ROOT], Exit.CONFIG, ["local.lr", "nan", "finite"]),
+        (["local.optimizer=lion", ROOT], Exit.CONFIG, ["local.optimizer", "lion", "adamw"]),
+        (["local.lrr=1", ROOT], Exit.CONFIG, ["local.lrr", "not a setting", "weight_decay"]),
+        (["+local.lrr=1", ROOT], Exit.CONFIG, ["local.lrr", "not a setting", "weight_decay"]),
+        (["+nonsense=1", ROOT], Exit.CONFIG, ["nonsense", "not a setting", "federation"]),
+        (["strategy.mu=1", ROOT], Exit.CONFIG, ["strategy.mu", "not a setting", "name"]),
+        (["+strategy.mu=[[1]]", ROOT], Exit.CONFIG, ["strategy.mu", "nested"]),
+        (["data.label_map={0:0,a:1}", ROOT], Exit.CONFIG, ["data.label_map", "'a'", "nonzero"]),
+        (["baselines=[pooled,magic]", ROOT], Exit.CONFIG, ["baselines", "magic", "trivial"]),
+        (["strategy=fedsgd", ROOT], Exit.UNKNOWN_NAME, ["strategy", "fedsgd", "fedavg", "scaffold"]),
+        (["task=detection", ROOT], Exit.UNKNOWN_NAME, ["task", "detection", "segmentation"]),
+        (["model=resnet", ROOT], Exit.UNKNOWN_NAME, ["model", "resnet", "unet"]),
+        (["loss=hinge", ROOT], Exit.UNKNOWN_NAME, ["loss", "hinge", "dice_ce"]),
+        (["runtime=moon", ROOT], Exit.CONFIG, ["runtime", "moon", "local"]),
+        (["+experiment=moon", ROOT], Exit.CONFIG, ["experiment", "moon", "hippocampus"]),
+        (["strategy=null", ROOT], Exit.CONFIG, ["group"]),
+        (["~strategy", ROOT], Exit.CONFIG, ["strategy", "missing"]),
+        (["strategy.name=../x", ROOT], Exit.CONFIG, ["strategy.name", "../x", "pattern"]),
+        (["seed=${nowhere}", ROOT], Exit.CONFIG, ["nowhere"]),
+        (["rubbish"], Exit.USAGE, ["rubbish"]),
+        (["x=["], Exit.USAGE, ["x=["]),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(overrides: list[str], exit: Exit, parts: list[str]) -> None:
+    stop = stopped(*overrides)
+    assert stop.exit == exit
+    for part in parts:
+        assert part in str(stop)
+
+
+BOUNDED = [
+    (name, key, meta.ge)
+    for name, section in (("local", Local), ("federation", Federation))
+    for key, field in section.model_fields.items()
+    for meta in field.metadata
+    if getattr(meta, "ge", None) is not None
+]
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return hydra_compose("config", overrides=[ROOT])
+
+
+@pytest.mark.parametrize(("section", "key", "least"), BOUNDED)
+@settings(max_examples=10, deadline=None)
+@given(below=st.integers(1, 10**6))
+def test_whatever_is_below_a_bound_is_refused_by_name(
+    composed: DictConfig, section: str, key: str, least: int, below: int
+) -> None:
+    config = composed.copy()
+    config[section][key] = int(least) - below
+    with pytest.raises(Stop, match=rf"^{section}\.{key} is {int(least) - below}"):
+        validate(config)
+
+
+def run(*argv: str) -> list[Settings]:
+    jobs: list[Settings] = []
+    main(argv, jobs.append)
+    return jobs
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_gets_a_dated_folder_and_hydra_writes_nothing(empty: Path) -> None:
+    (job,) = run("+experiment=lungs", ROOT)
+    assert job.run.dir is not None
+    assert job.run.dir.startswith("runs/lungs-2")
+    assert job.run.dir.endswith("Z")
+    assert job.data.root == "somewhere"
+    assert Path.cwd() == empty
+    assert list(empty.iterdir()) == []
+
+
+def test_a_sweep_numbers_its_folders_and_writes_nothing(empty: Path) -> None:
+    jobs = run("-m", ROOT, "run.dir=here/", "strategy=fedprox", "strategy.mu=0.1,0.2", "seed=range(0,2)")
+    assert [job.run.dir for job in jobs] == ["here-0", "here-1", "here-2", "here-3"]
+    assert [(job.plan.strategy.parameters["mu"], job.plan.seed) for job in jobs] == [
+        (0.1, 0),
+        (0.1, 1),
+        (0.2, 0),
+        (0.2, 1),
+    ]
+    assert list(empty.iterdir()) == []
+
+
+def test_a_sweep_with_one_bad_job_runs_none(empty: Path) -> None:
+    jobs: list[Settings] = []
+    with pytest.raises(Stop, match=r"federation\.rounds is 0") as caught:
+        main(["-m", ROOT, "federation.rounds=1,0"], jobs.append)
+    assert caught.value.exit == Exit.NO_ROUNDS
+    assert jobs == []
+
+
+def test_a_failing_job_ends_a_sweep_with_its_own_error(empty: Path) -> None:
+    done: list[int] = []
+
+    def job(settings: Settings) -> None:
+        done.append(settings.plan.seed)
+        raise Stop(Exit.TOO_FEW_REPLIES, "nobody answered")
+
+    with pytest.raises(Stop, match="nobody answered") as caught:
+        main(["-m", ROOT, "seed=1,2"], job)
+    assert caught.value.exit == Exit.TOO_FEW_REPLIES
+    assert done == [1]
+
+
+def test_a_jobs_own_value_error_is_not_taken_for_a_setting(empty: Path) -> None:
+    def job(settings: Settings) -> None:
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match=r"^a defect$") as caught:
+        main([ROOT], job)
+    assert not isinstance(caught.value, Stop)
+
+
+def printed(*argv: str) -> str:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert run(*argv) == []
+    return out.getvalue()
+
+
+def test_cfg_job_prints_yaml_that_validates(empty: Path) -> None:
+    shown = yaml.safe_load(printed("--cfg", "job", ROOT, "strategy=ditto"))
+    plan = Plan.model_validate({key: shown[key] for key in Plan.model_fields if key in shown})
+    assert plan == compose([ROOT, "strategy=ditto"]).plan
+
+
+def test_help_names_every_group(empty: Path) -> None:
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit, match="0"):
+        main(["--help"], print)
+    for group in GROUPS:
+        assert f"\n{group}: " in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--experimental-rerun", "x"], "pickle"),
+        (["--exp", "x"], "pickle"),
+        (["--cfg", "job", "-m"], "Only one"),
+    ],
+)
+def test_wrong_flags_are_refused(empty: Path, argv: list[str], part: str) -> None:
+    with pytest.raises(Stop, match=part):
+        main(argv, print)
