@@ -100,12 +100,17 @@ def _slice_of(own: Dataset, shared: Dataset, to_index: Array, shape: tuple[int, 
     at = round(float(corners[0, 2]))
     wanted = np.array([[0, 0, at], [shape[0] - 1, 0, at], [0, shape[1] - 1, at]])
     off = float(np.abs(corners[:, :3] - wanted).max())
-    if not (0 <= at < shape[2] and off <= _OFF):
+    if not off <= _OFF:
         raise Faulty(Reason.GEOMETRY, f"a frame of the SEG misses the image's slices by {off:.3g} voxels")
+    if not 0 <= at < shape[2]:
+        raise Faulty(Reason.GEOMETRY, "a frame of the SEG lies beyond the image's slices")
     return at
 
 
 def _item(own: Dataset, shared: Dataset, name: str) -> Dataset:
     """A functional group of one frame, or the one all frames share (PS3.3 C.7.6.16.1)."""
-    found: Dataset = (own.get(name) or shared[name].value)[0]
+    items = own.get(name) or shared.get(name)
+    if not items:
+        raise Faulty(Reason.UNREADABLE, f"a frame of the SEG has no {name}")
+    found: Dataset = items[0]
     return found

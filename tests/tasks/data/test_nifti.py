@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.data.nifti import read_pair
+from tasks.data.source import Faulty, Reason
+
+OBLIQUE = np.array([[-0.8, 0.05, 0.1, 40], [0.06, 0.9, -0.2, -10], [-0.1, 0.3, 2.5, 5], [0, 0, 0, 1.0]])
+
+
+def write(path: Path, values: np.ndarray, affine: np.ndarray) -> Path:
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return path
+
+
+def pair(
+    folder: Path, image: np.ndarray, mask: np.ndarray, affine: np.ndarray, other: np.ndarray
+) -> tuple[Path, Path]:
+    return write(folder / "image.nii.gz", image, affine), write(folder / "mask.nii", mask, other)
+
+
+def at(array: np.ndarray, affine: np.ndarray, world: np.ndarray) -> float:
+    index = np.rint(np.linalg.solve(affine, [*world, 1.0])[:3]).astype(int)
+    return float(array[tuple(index)])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.permutations([0, 1, 2]), st.tuples(*[st.sampled_from([-1, 1])] * 3), st.integers(0, 2**31))
+def test_every_voxel_stays_where_it_was_in_the_patient(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], signs: tuple[int, ...], seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    image = draw.normal(size=(3, 4, 5)).astype(np.float32)
+    mask = draw.integers(0, 3, image.shape).astype(np.uint8)
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag(draw.uniform(0.5, 3, 3))[:, order] * signs
+    affine[:3, 3] = draw.uniform(-50, 50, 3)
+    raw = read_pair(*pair(tmp_path_factory.mktemp("n"), image, mask, affine, affine), None)
+    assert nib.aff2axcodes(raw.affine) == ("R", "A", "S")
+    assert np.allclose(raw.spacing, np.diag(raw.affine)[:3], rtol=1e-6)
+    for index in np.ndindex(image.shape):
+        world = affine @ [*index, 1.0]
+        assert at(raw.image[0], raw.affine, world[:3]) == image[index]
+        assert raw.mask is not None
+        assert at(raw.mask, raw.affine, world[:3]) == mask[index]
+
+
+def test_an_oblique_grid_is_turned_not_resampled(tmp_path: Path) -> None:
+    image = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    raw = read_pair(write(tmp_path / "a.nii.gz", image, OBLIQUE), None, None)
+    assert sorted(raw.image.ravel()) == list(range(60))
+    assert raw.image.dtype == np.uint8
+    assert np.allclose(sorted(raw.spacing), sorted(np.linalg.norm(OBLIQUE[:3, :3], axis=0)))
+    assert raw.mask is None
+
+
+def test_scaled_values_are_those_nibabel_scales(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
+    image.header.set_slope_inter(0.5, -3)
+    nib.save(image, tmp_path / "a.nii")
+    raw = read_pair(tmp_path / "a.nii", None, None)
+    assert np.array_equal(raw.image[0], nib.load(tmp_path / "a.nii").get_fdata().astype(np.float32))
+
+
+def test_a_mask_stored_in_another_order_is_the_same_mask(tmp_path: Path) -> None:
+    image = np.zeros((3, 4, 5), np.float32)
+    mask = np.arange(60, dtype=np.uint8).reshape(image.shape)
+    flipped = np.diag([-1.0, 1, 1, 1])
+    flipped[0, 3] = 2
+    raw = read_pair(*pair(tmp_path, image, mask[::-1], np.eye(4), flipped), None)
+    assert raw.mask is not None
+    assert np.array_equal(raw.mask, mask)
+
+
+def test_channels_come_first(tmp_path: Path) -> None:
+    image = np.arange(48, dtype=np.float32).reshape(2, 3, 4, 2) + 0.5
+    raw = read_pair(*pair(tmp_path, image, np.zeros((2, 3, 4, 1), np.uint8), np.eye(4), np.eye(4)), None)
+    assert np.array_equal(raw.image, np.moveaxis(image, 3, 0))
+    assert raw.mask is not None
+    assert raw.mask.shape == (2, 3, 4)
+
+
+def shifted(mm: float) -> np.ndarray:
+    affine = np.eye(4)
+    affine[1, 3] = mm
+    return affine
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "other", "reason", "detail"),
+    [
+        (np.zeros((3, 4, 5)), np.zeros((3, 5, 4)), np.eye(4), Reason.SIZE, "image 3x4x5, mask 3x5x4"),
+        (np.zeros((3, 4, 5)), np.zeros((3, 4, 5)), shifted(0.2), Reason.GEOMETRY, "lie 0.2 mm apart"),
+        (np.zeros((3, 4, 5)), np.zeros((3, 4, 5)), np.diag([1, 1, 1.1, 1]), Reason.GEOMETRY, "mm apart"),
+        (np.full((3, 4, 5), np.nan), np.zeros((3, 4, 5)), np.eye(4), Reason.NOT_FINITE, "60 of 60"),
+        (np.zeros((3, 4)), np.zeros((3, 4)), np.eye(4), Reason.SHAPE, "2 axes"),
+        (
+            np.zeros((3, 4, 5)),
+            np.full((3, 4, 5), 1.5),
+            np.eye(4),
+            Reason.LABEL,
+            "mask has 1.5; accepted 0 to 255",
+        ),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path, image: np.ndarray, mask: np.ndarray, other: np.ndarray, reason: Reason, detail: str
+) -> None:
+    files = pair(tmp_path, image.astype(np.float32), mask.astype(np.float32), np.eye(4), other)
+    with pytest.raises(Faulty, match=detail) as caught:
+        read_pair(*files, None)
+    assert caught.value.reason is reason
+
+
+def test_rounded_headers_are_no_other_geometry(tmp_path: Path) -> None:
+    files = pair(
+        tmp_path, np.zeros((9, 9, 9), np.float32), np.zeros((9, 9, 9), np.uint8), np.eye(4), shifted(0.001)
+    )
+    assert read_pair(*files, None).mask is not None
+
+
+@pytest.mark.parametrize("keep", [0, 1, 60, 300, -20])
+def test_a_cut_file_is_unreadable(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path / "a.nii.gz", np.random.default_rng(0).normal(size=(8, 8, 8)), np.eye(4))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(Faulty, match=r"a\.nii\.gz") as caught:
+        read_pair(path, None, None)
+    assert caught.value.reason is Reason.UNREADABLE
