@@ -53,7 +53,9 @@ class Workers:
         self._folder = tempfile.TemporaryDirectory(prefix="wardround-", dir=shm if shm.is_dir() else None)
         self._home: dict[str, int] = {}
         self._chunk = 1
-        self._workers = [self._fork() for _ in range(count)]
+        self._workers: list[_Worker] = []
+        for _ in range(count):
+            self._workers.append(self._fork())
 
     def _fork(self) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -190,8 +192,12 @@ class Workers:
         self._folder.cleanup()
 
 
-def _work(sites: Callable[[str], Handler], pipe: Connection, folder: str) -> None:
+def _work(
+    sites: Callable[[str], Handler], pipe: Connection, folder: str, inherited: Sequence[Connection]
+) -> None:
     """A worker's life: start an ask, run sites, finish, until the pipe closes."""
+    for other in inherited:
+        other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run, once
     crew = Crew(sites)
     commons: dict[int, Tree] = {}
