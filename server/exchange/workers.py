@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -59,8 +60,10 @@ class Workers:
 
     def _fork(self) -> _Worker:
         ours, theirs = self._context.Pipe()
+        # a fork inherits our ends of all pipes: while one is open anywhere, no worker learns that we are gone
+        inherited = [ours, *(worker.pipe for worker in self._workers)]
         process = self._context.Process(
-            target=_work, args=(self._sites, theirs, self._folder.name), daemon=True
+            target=_work, args=(self._sites, theirs, self._folder.name, inherited), daemon=True
         )
         process.start()
         theirs.close()
@@ -90,9 +93,12 @@ class Workers:
         begin = ("start", fold, spec, slabs)
         queue = deque(items)
         lost: list[Item] = []
-        for worker in self._workers:
-            worker.done = []
-            worker.pipe.send(begin)
+        for index, worker in enumerate(self._workers):
+            try:
+                worker.pipe.send(begin)
+                worker.done = []
+            except OSError:  # it died between two asks
+                self._replace(index).send(begin)
         while queue or any(worker.taken for worker in self._workers):
             if queue and time.monotonic() >= limit:
                 late = [item.instruction.site for item in queue]
@@ -154,7 +160,11 @@ class Workers:
         for item in worker.taken:
             queue.remove(item)
             self._home[item.instruction.site] = index
-        worker.pipe.send(("run", [(item.instruction, id(item.common), item.age) for item in worker.taken]))
+        # to a dead worker nothing can be sent: `_take` finds out, and its sites go to another
+        with contextlib.suppress(OSError):
+            worker.pipe.send(
+                ("run", [(item.instruction, id(item.common), item.age) for item in worker.taken])
+            )
 
     def _take(self, worker: _Worker, heard: Heard) -> bool:
         """What a worker says of its chunk; False when it died before it could."""
