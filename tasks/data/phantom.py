@@ -16,14 +16,14 @@ import numpy as np
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from pydicom.valuerep import DA, TM
+from pydicom.valuerep import DA, DT, TM
 from scipy.ndimage import gaussian_filter, gaussian_filter1d  # type: ignore[import-untyped]
 
 from conf.exits import Exit, Stop
 from tasks.data.source import Array
 
 SEGMENTS = ("liver", "lesion")  # segment numbers 1, 2
-_DATE, _TIME = DA("20200101"), TM("120000")
+_DATE, _TIME = "20200101", "120000"
 _THICK = 120.0  # mm along the body that a series covers
 _WIDE = 320.0  # mm across
 
@@ -45,9 +45,9 @@ class _Hospital:
 
 
 _HOSPITALS = (
-    _Hospital("SIEMENS", 112.0, 125.0, 190.0, 55.0, 1.0, 6.0, 2.0, 12.0, 0.0),  # portal venous
-    _Hospital("GE MEDICAL SYSTEMS", 72.0, 130.0, 200.0, 135.0, 0.92, 5.0, 1.0, 22.0, 8.0),  # arterial
-    _Hospital("Philips", 58.0, 48.0, 32.0, 20.0, 1.08, 8.0, 3.5, 8.0, -10.0),  # without contrast
+    _Hospital("SIEMENS", 115.0, 128.0, 190.0, 60.0, 1.0, 6.0, 2.0, 12.0, 0.0),  # portal venous
+    _Hospital("GE MEDICAL SYSTEMS", 75.0, 115.0, 210.0, 160.0, 0.92, 5.0, 1.0, 20.0, 8.0),  # arterial
+    _Hospital("Philips", 55.0, 48.0, 32.0, 15.0, 1.08, 8.0, 3.5, 8.0, -10.0),  # without contrast
 )
 
 
@@ -128,7 +128,7 @@ class _Body:
         for _ in range(int(draw.integers(1, 4))):
             way = draw.normal(size=3)
             centre = right + 0.55 * main.half * way / np.linalg.norm(way)
-            lesions.append(_Ball(centre, draw.uniform(11.0, 21.0) * draw.uniform(0.85, 1.15, 3)))
+            lesions.append(_Ball(centre, draw.uniform(13.0, 23.0) * draw.uniform(0.85, 1.15, 3)))
         return cls(
             half=half,
             turn=float(draw.uniform(-12, 12)),
@@ -269,8 +269,10 @@ class _Series:
             omit_empty_frames=True,
         )
         # highdicom draws these anew each time; equal arguments must give equal files
-        seg.ContentDate = seg.InstanceCreationDate = seg.SeriesDate = _DATE
-        seg.ContentTime = seg.InstanceCreationTime = seg.SeriesTime = _TIME
+        seg.ContentDate = seg.InstanceCreationDate = seg.SeriesDate = DA(_DATE)
+        seg.ContentTime = seg.InstanceCreationTime = seg.SeriesTime = TM(_TIME)
+        for item in seg.ContributingEquipmentSequence:
+            item.ContributionDateTime = DT(_DATE + _TIME)
         organization = self.uid("dimensions")
         for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
             item.DimensionOrganizationUID = organization

@@ -3,7 +3,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import highdicom as hd
-import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -108,7 +107,7 @@ def world(axes: np.ndarray, k: int, r: int, c: int, gap: float = 2.5) -> np.ndar
 def test_every_pixel_lies_where_the_header_says(tmp_path: Path, axes: np.ndarray) -> None:
     paths = write(tmp_path, axes)
     raw = read_series(paths, tmp_path / "seg.dcm", None)
-    assert nib.aff2axcodes(raw.affine) == ("R", "A", "S")
+    assert (np.diag(raw.affine)[:3] > 0).all()
     assert np.allclose(sorted(raw.spacing), [0.75, 1.5, 2.5], atol=1e-5)
     assert raw.mask is not None
     assert raw.image.dtype == np.int16

@@ -13,8 +13,14 @@ OBLIQUE = np.array([[-0.8, 0.05, 0.1, 40], [0.06, 0.9, -0.2, -10], [-0.1, 0.3, 2
 
 
 def write(path: Path, values: np.ndarray, affine: np.ndarray) -> Path:
-    nib.save(nib.Nifti1Image(values, affine), path)
+    nib.save(nib.Nifti1Image(values, affine), path)  # type: ignore[no-untyped-call]
     return path
+
+
+def is_ras(affine: np.ndarray) -> bool:
+    """Each axis of the array runs most along its own world axis, upwards."""
+    turn = affine[:3, :3]
+    return bool((np.abs(turn).argmax(axis=0) == range(3)).all() and (np.diag(turn) > 0).all())
 
 
 def pair(
@@ -40,7 +46,7 @@ def test_every_voxel_stays_where_it_was_in_the_patient(
     affine[:3, :3] = np.diag(draw.uniform(0.5, 3, 3))[:, order] * signs
     affine[:3, 3] = draw.uniform(-50, 50, 3)
     raw = read_pair(*pair(tmp_path_factory.mktemp("n"), image, mask, affine, affine), None)
-    assert nib.aff2axcodes(raw.affine) == ("R", "A", "S")
+    assert is_ras(raw.affine)
     assert np.allclose(raw.spacing, np.diag(raw.affine)[:3], rtol=1e-6)
     for index in np.ndindex(image.shape):
         world = affine @ [*index, 1.0]
@@ -59,11 +65,12 @@ def test_an_oblique_grid_is_turned_not_resampled(tmp_path: Path) -> None:
 
 
 def test_scaled_values_are_those_nibabel_scales(tmp_path: Path) -> None:
-    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
-    image.header.set_slope_inter(0.5, -3)
+    values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    image = nib.Nifti1Image(values, np.eye(4))  # type: ignore[no-untyped-call]
+    image.header.set_slope_inter(0.5, -3)  # type: ignore[no-untyped-call]
     nib.save(image, tmp_path / "a.nii")
     raw = read_pair(tmp_path / "a.nii", None, None)
-    assert np.array_equal(raw.image[0], nib.load(tmp_path / "a.nii").get_fdata().astype(np.float32))
+    assert np.array_equal(raw.image[0], values * np.float32(0.5) - 3)
 
 
 def test_a_mask_stored_in_another_order_is_the_same_mask(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import highdicom as hd
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import CTImageStorage
+
+from conf.exits import Exit, Stop
+from tasks.data.cache import Cache
+from tasks.data.ingest import Report
+from tasks.data.phantom import make_phantom
+from tasks.data.splits import by_site
+
+Run = Callable[..., tuple[Report, Cache]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    make_phantom(folder, patients=3, size=48)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_equal_arguments_give_equal_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_phantom(tmp_path / name, hospitals=2, patients=1, seed=5, size=32)
+    make_phantom(tmp_path / "c", hospitals=2, patients=1, seed=6, size=32)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    other = contents(tmp_path / "c")
+    assert not set(other.values()) & set(contents(tmp_path / "a").values())
+
+
+def test_every_file_is_a_valid_image_of_nobody(made: Path) -> None:
+    uids = set()
+    for path in made.rglob("[0-9]*.dcm"):
+        ds = pydicom.dcmread(path)
+        assert ds.SOPClassUID == CTImageStorage == ds.file_meta.MediaStorageSOPClassUID
+        assert str(ds.PatientName).startswith("PHANTOM^")
+        assert ds.PatientBirthDate == ""
+        uids.add(ds.SOPInstanceUID)
+    assert len(uids) == len(list(made.rglob("[0-9]*.dcm")))
+
+
+def test_masks_are_those_that_highdicom_reads(made: Path, run: Run) -> None:
+    report, cache = run(made)
+    assert report.refused == ()
+    assert report.kept == 3 * 4  # two patients with one series, one with two
+    for entry in cache.entries[::3]:
+        case = cache.load(entry)
+        folder = made / entry.source
+        seg = hd.seg.segread(folder / "seg.dcm")
+        slices = sorted(
+            (pydicom.dcmread(p) for p in folder.glob("[0-9]*.dcm")), key=lambda d: d.ImagePositionPatient[2]
+        )
+        uids = [d.SOPInstanceUID for d in slices]
+        stack = seg.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+        truth = np.where(stack[..., 1] > 0, 2, stack[..., 0])
+        hu = np.stack([d.pixel_array.astype(float) - 1024 for d in slices])
+        # LPS axial slices from feet to head: RAS+ flips rows and columns
+        assert np.array_equal(case.masks["mask"].numpy(), truth.transpose(2, 1, 0)[::-1, ::-1])
+        assert np.array_equal(case.images["image"][0].numpy(), hu.transpose(2, 1, 0)[::-1, ::-1])
+        assert not (stack[..., 1] > stack[..., 0]).any()  # a lesion lies in its liver
+
+
+def test_hospitals_differ_and_patients_vary(made: Path, run: Run) -> None:
+    _, cache = run(made)
+    sites = by_site(cache.entries)
+    assert list(sites) == ["hospital_a", "hospital_b", "hospital_c"]
+    assert all(len({e.patient for e in own}) == 3 for own in sites.values())
+    makers = {s: {e.groups["manufacturer"] for e in own} for s, own in sites.items()}
+    assert makers == {"hospital_a": {"siemens"}, "hospital_b": {"ge"}, "hospital_c": {"philips"}}
+    loaded = {s: [cache.load(e) for e in own] for s, own in sites.items()}
+    spacings = {case.spacing for own in loaded.values() for case in own}
+    assert len({tuple(round(v, 3) for v in s) for s in spacings}) == 3
+    liver = [
+        float(np.mean([case.images["image"][0][case.masks["mask"] == 1].mean() for case in own]))
+        for own in loaded.values()
+    ]
+    assert max(liver) - min(liver) > 40  # HU
+    for own in loaded.values():
+        for case in own:
+            assert (case.masks["mask"] == 1).sum() > 100
+            assert (case.masks["mask"] == 2).any()
+        volumes = [float((c.masks["mask"] > 0).sum()) for c in own]
+        assert max(volumes) > 1.05 * min(volumes)
+
+
+@pytest.mark.parametrize("wrong", [{"hospitals": 0}, {"patients": 100}, {"size": 8}])
+def test_a_number_out_of_range_stops(tmp_path: Path, wrong: dict[str, int]) -> None:
+    (name,) = wrong
+    with pytest.raises(Stop, match=f"phantom {name} is {wrong[name]}; accepted") as caught:
+        make_phantom(tmp_path, **wrong)
+    assert caught.value.exit is Exit.CONFIG
+    assert not list(tmp_path.iterdir())
