@@ -65,6 +65,13 @@ def test_zscore_ignores_outliers_and_scale() -> None:
     assert zscore(torch.full((1, 4, 4), 5.0), 0.5, 99.5).abs().max() == 0
 
 
+def test_zscore_takes_large_images() -> None:
+    x = torch.rand(64, 600, 500, generator=torch.Generator().manual_seed(0))
+    got = zscore(x, 10, 90)
+    # cut at its own percentiles: the ends of a uniform distribution, of deviation known in closed form
+    assert got.amax().item() == pytest.approx(0.4 / (0.1 * 0.4**2 * 2 + 0.8 * 0.8**2 / 12) ** 0.5, abs=0.03)
+
+
 def test_window_maps_its_ends() -> None:
     hu = torch.tensor([-1000.0, -160, 40, 240, 3000])
     assert window(hu, -160, 240).tolist() == pytest.approx([-1, -1, 0, 1, 1])
