@@ -28,7 +28,6 @@ _SPLITS = {
 }
 _IMAGE_WORDS = {"image", "images", "img", "imgs"}
 _MASK_WORDS = {"label", "labels", "mask", "masks", "seg", "segmentation", "segmentations"}
-_SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # conf.schema.SiteName
 
 
 def kind(path: PurePosixPath | Path) -> str | None:
@@ -43,7 +42,7 @@ def from_manifest(root: Path, name: str, columns: Columns) -> list[Found]:
     """One case per row; paths are relative to the root and stay below it.
 
     Raises:
-        Stop: (`CONFIG`) no such manifest, or a column is missing; the message lists the columns.
+        Stop: (`CONFIG`) no such manifest, a column is missing (the message lists them), or `site_names`.
     """
     path = root / name
     try:
@@ -66,7 +65,8 @@ def from_manifest(root: Path, name: str, columns: Columns) -> list[Found]:
             fault = Faulty(Reason.DUPLICATE, f"line {number} of the manifest repeats an image")
             case = replace(case, source=f"{case.source} (line {number})", fault=fault)
         found[case.source] = case
-    return list(found.values())
+    sites = site_names(case.site for case in found.values() if case.site)
+    return [replace(case, site=sites[case.site]) if case.site else case for case in found.values()]
 
 
 def from_folders(root: Path, files: Iterable[Path], *, with_masks: bool) -> list[Found]:
@@ -93,28 +93,31 @@ def site_folders(found: Sequence[Found]) -> list[Found]:
     """Name the site of each case by the first folder below the root, where there are several such folders.
 
     Raises:
-        Stop: (`CONFIG`) a folder's name cannot be made a site's name, or two make the same.
+        Stop: (`CONFIG`) see `site_names`.
     """
     first = {f.source: _first_folder(f) for f in found}
     names = {n for f in found if f.fault is None and (n := first[f.source]) is not None}
     if len(names) < 2:
         return list(found)
-    sites = {n: site_name(n) for n in sorted(names)}
-    if len(set(sites.values())) < len(sites):
-        raise Stop(Exit.CONFIG, f"folders {', '.join(sites)} give equal site names; rename one")
+    sites = site_names(names)
     return [replace(f, site=sites.get(first[f.source] or "")) for f in found]
 
 
-def site_name(text: str) -> str:
-    """A site's name from a cell or folder name: runs of other characters become `_`.
+def site_names(texts: Iterable[str]) -> dict[str, str]:
+    """Sites' names from cells or folder names: runs of other characters become `_`.
 
     Raises:
-        Stop: (`CONFIG`) nothing usable is left.
+        Stop: (`CONFIG`) nothing usable is left of one, or two become the same.
     """
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", text.strip()).lstrip("_.-")[:64]
-    if not _SITE.fullmatch(name):
-        raise Stop(Exit.CONFIG, f"{text!r} cannot name a site; use letters, digits, _ . -")
-    return name
+    names: dict[str, str] = {}
+    for text in sorted(set(texts)):
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip("_.-")[:64]
+        if not name:
+            raise Stop(Exit.CONFIG, f"{text!r} cannot name a site; use letters, digits, _ . -")
+        if name in names.values():
+            raise Stop(Exit.CONFIG, f"two sites would be called {name}; rename {text!r}")
+        names[text] = name
+    return names
 
 
 def _row(root: Path, row: dict[str, str | None], columns: Columns) -> Found:
@@ -140,7 +143,7 @@ def _row(root: Path, row: dict[str, str | None], columns: Columns) -> Found:
             found,
             files=(image,) if mask is None else (image, mask),
             read=_reader(image, mask),
-            site=site_name(cell(columns.site)) if cell(columns.site) else None,
+            site=cell(columns.site) or None,
             split=_SPLITS[suggested],
         )
     except Faulty as fault:

@@ -1,7 +1,7 @@
 """From a hospital's files to cached cases: a faulty case is refused by itself, with its reason.
 
-Nothing that identifies a person enters the cache but the source paths in its index, which never leave
-the site. Patients are named by HMAC-SHA-256 under the site's own key.
+Patients are named by HMAC-SHA-256 under the site's own key. What could still identify a person, the paths
+of files and the details of refusals, stands in the index alone and never leaves the site.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def _bring_up(
     read = 0
 
     def one(case: Found) -> tuple[Record, bool]:
-        patient = hmac.new(key, case.patient.encode(), hashlib.sha256).hexdigest()[:16]
+        patient = hmac.new(key, case.patient.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[
+            :16
+        ]
         facts = [*settings, patient, case.site, case.split, case.fault and str(case.fault)]
         stamp = _stamp(root, case.files, facts)
         known = before.get(case.source)

@@ -43,7 +43,11 @@ def classes(values: Array, label_map: LabelMap) -> Array:
     if label_map == "nonzero":
         return np.ascontiguousarray(values != 0, dtype=np.uint8)
     known = {c: c for c in range(256)} if label_map is None else label_map
-    present, where = np.unique(values, return_inverse=True)
+    small = values.dtype.kind == "u" and values.dtype.itemsize <= 2  # then counting spares sorting all voxels
+    if small:
+        present, where = np.flatnonzero(np.bincount(values.ravel())), values
+    else:
+        present, where = np.unique(values, return_inverse=True)
     outside = [
         v for v in present.tolist() if v not in known
     ]  # 2.0 == 2 and hashes alike; 0.5, NaN are outside
@@ -51,7 +55,8 @@ def classes(values: Array, label_map: LabelMap) -> Array:
         text = ", ".join(f"{v:g}" for v in outside[:_LISTED]) + (", …" if len(outside) > _LISTED else "")
         accepted = "0 to 255" if label_map is None else ", ".join(str(v) for v in sorted(known)[:_LISTED])
         raise Faulty(Reason.LABEL, f"mask has {text}; accepted {accepted} (setting: data.label_map)")
-    table = np.array([known[int(v)] for v in present.tolist()], dtype=np.uint8)
+    table = np.zeros(int(present.max()) + 1 if small else len(present), dtype=np.uint8)
+    table[present if small else slice(None)] = [known[int(v)] for v in present.tolist()]
     return np.ascontiguousarray(table[where].reshape(values.shape))
 
 

@@ -212,7 +212,7 @@ def test_sites_are_first_folders_where_there_are_several(tmp_path: Path, run: Ru
     }
     assert reasons(report) == {"stray/image/x.png": Reason.NO_MASK}
     pairs(root / "south_wing", first=20)
-    with pytest.raises(Stop, match="give equal site names"):
+    with pytest.raises(Stop, match="two sites would be called south_wing"):
         run(root)
 
 

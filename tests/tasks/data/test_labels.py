@@ -25,6 +25,14 @@ def test_each_voxel_is_looked_up(drawn: tuple[dict[int, int], np.ndarray], dtype
     assert out.tolist() == [[known[v] for v in row] for row in values.tolist()]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+def test_every_kind_of_number_gives_the_same(dtype: type) -> None:
+    values = np.array([[0, 7], [200, 7]])
+    assert classes(values.astype(dtype), {0: 3, 7: 0, 200: 1, 9: 9}).tolist() == [[3, 0], [1, 0]]
+    with pytest.raises(Faulty, match="mask has 7; accepted 0, 200"):
+        classes(values.astype(dtype), {0: 0, 200: 1})
+
+
 def test_without_a_map_values_are_classes() -> None:
     values = np.arange(256).reshape(16, 16)
     assert np.array_equal(classes(values, None), values)
