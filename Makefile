@@ -36,7 +36,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 experiments: $(READY)
-	DATA=$(DATA) BIN=$(BIN) bench/experiments.sh
+	$(BIN)/python bench/experiments.py $(DATA)
 
 bench: $(READY)
 	$(BIN)/python bench/fold.py
