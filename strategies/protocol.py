@@ -119,18 +119,17 @@ class Update:
         return {"tensors": self.tensors, "weight": self.weight, "form": self.form}
 
     @classmethod
-    def from_tree(cls, tree: Tree) -> Update:
+    def from_tree(cls, tree: object) -> Update:
         """The update that `tree` holds; `Spec.check` judges its content.
 
         Raises:
             Refused: (`form`).
         """
-        if set(tree) != {"tensors", "weight", "form"} or tree["form"] not in ("plain", "ring"):
-            raise Refused("form", f"keys {sorted(map(str, tree))[:5]}")
-        tensors = tree["tensors"]
-        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise Refused("form", "tensors")
-        return cls(tensors, tree["weight"], tree["form"])
+        match tree:
+            case {"tensors": dict(tensors), "weight": weight, "form": "plain" | "ring" as form, **rest}:
+                if not rest and all(isinstance(t, Tensor) for t in tensors.values()):
+                    return cls(tensors, weight, form)
+        raise Refused("form", "no update")
 
 
 @dataclass(frozen=True)
@@ -158,18 +157,18 @@ class Reply:
         return {"site": self.site, "update": self.body.to_tree()}
 
     @classmethod
-    def from_tree(cls, tree: Tree) -> Reply:
-        """Read a reply from outside.
+    def from_tree(cls, tree: object) -> Reply:
+        """Read a reply from outside, whatever it is.
 
         Raises:
             Refused: (`form`).
         """
-        if set(tree) == {"site", "failure"}:
-            match tree["failure"]:
-                case [str(code), str(incident)] if code in CODES and len(incident) <= 16:
-                    return cls(tree["site"], Failure(code, incident))
-        if set(tree) == {"site", "update"} and isinstance(tree["update"], dict):
-            return cls(tree["site"], Update.from_tree(tree["update"]))
+        match tree:
+            case {"site": str(site), "failure": [str(code), str(incident)], **rest}:
+                if not rest and code in CODES and len(incident) <= 16:
+                    return cls(site, Failure(code, incident))
+            case {"site": str(site), "update": update, **rest} if not rest:
+                return cls(site, Update.from_tree(update))
         raise Refused("form", "neither update nor failure")
 
 
@@ -233,8 +232,12 @@ def strip(tree: Tree) -> tuple[str, dict[str, Tensor]]:
         ValueError: as `pack`.
     """
     tensors: dict[str, Tensor] = {}
-    node = _strip(tree, tensors, 0)
-    return json.dumps(node, sort_keys=True, separators=(",", ":"), allow_nan=False), tensors
+    return _json(_strip(tree, tensors, 0)), tensors
+
+
+def _json(node: Any) -> str:
+    """Canonical: sorted keys, no spaces, no NaN."""
+    return json.dumps(node, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _strip(node: Any, tensors: dict[str, Tensor], depth: int) -> Any:
@@ -280,7 +283,7 @@ def unpack(blob: bytes) -> Tree:
         tensors = safetensors.torch.load(blob)
         size = int.from_bytes(blob[:8], "little")
         return fill(json.loads(blob[8 : 8 + size])["__metadata__"][_META], tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise Refused("payload", type(error).__name__) from None
 
 
@@ -288,11 +291,12 @@ def fill(text: str, tensors: dict[str, Tensor]) -> Tree:
     """The tree that `strip` took apart; every tensor is used exactly once.
 
     Raises:
-        ValueError, KeyError, TypeError: text and tensors do not belong together.
+        ValueError, KeyError, TypeError: text and tensors do not belong together, or never came from `strip`.
     """
     left = dict(tensors)
-    tree = _fill(json.loads(text), left, 0)
-    if left or not isinstance(tree, dict):
+    node = json.loads(text)
+    tree = _fill(node, left, 0)
+    if left or not isinstance(tree, dict) or _json(node) != text:
         raise ValueError("not a tree of these tensors")
     return tree
 
@@ -302,8 +306,9 @@ def _fill(node: Any, tensors: dict[str, Tensor], depth: int) -> Any:
     if depth > _MAX_DEPTH:
         raise ValueError("too deep")
     if isinstance(node, dict):
-        if set(node) == {_TENSOR}:
-            return tensors.pop(node[_TENSOR])
+        if _TENSOR in node:
+            (name,) = node.values()
+            return tensors.pop(name)
         return {key: _fill(value, tensors, depth + 1) for key, value in node.items()}
     if isinstance(node, list):
         return [_fill(item, tensors, depth + 1) for item in node]

@@ -54,7 +54,7 @@ def accepted(reply: Reply, site: str, spec: Spec) -> Update:
         raise Refused("addressee", reply.site)
     if isinstance(body, Failure):
         raise Refused(body.code if body.code in CODES else "internal")
-    if body.form != "plain":
-        raise Refused("form", body.form)
+    if not isinstance(body, Update) or body.form != "plain":
+        raise Refused("form", "no plain update")
     spec.check(body)
     return body
