@@ -66,7 +66,9 @@ def test_every_model_builds_in_two_and_three_dimensions(model: str, patch: str) 
 
 @pytest.mark.parametrize("group", TABLES)
 def test_a_table_and_its_folder_name_the_same_entries(group: str) -> None:
-    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(TABLES[group])
+    # tests add toys of their own to the table of tasks
+    shipped = {name for name, entry in TABLES[group].items() if not entry.__module__.startswith("tests.")}
+    assert {path.stem for path in (CONF / group).glob("*.yaml")} == shipped
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.split("/")[0] in TABLES])
