@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,12 @@ def shared_data(name: str) -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return root / name
+
+
+@pytest.fixture
+def ram() -> Iterator[Path]:
+    """A folder in memory, where the system has one: SIGKILL does not lose what a disk would have kept."""
+    shm = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="wardround-test-", dir=shm if os.access(shm, os.W_OK) else None))
+    yield folder
+    shutil.rmtree(folder)
