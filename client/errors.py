@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from conf.exits import Stop
+from conf.exits import Exit, Stop
 from strategies.protocol import CODES, Failure, Refused
 
 
@@ -24,6 +24,10 @@ def code_of(error: BaseException) -> str:
             return "memory"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return "disk"
+        case Stop(exit=Exit.DISK_FULL):
+            return "disk"
+        case Stop(exit=Exit.CACHE_DAMAGED):
+            return "data"
         case Stop():
             return "plan"
     return "internal"

@@ -17,9 +17,9 @@ from client.errors import report
 from client.policy import Policy
 from client.state import Memory
 from client.train import Archive, Bench, Session
+from conf.files import write_atomic
 from conf.schema import Plan
 from strategies.protocol import Instruction, Refused, Reply, Tree, Update
-from strategies.store import write_atomic
 
 __all__ = ["Archive", "Bench", "Plans", "Policy", "Site"]
 

@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.files import sync_folder, write_atomic
 from strategies.protocol import Epoch, Instruction, Refused, Reply, Tree, pack, unpack
-from strategies.store import sync_folder, write_atomic
 
 _NAME = re.compile(r"state-(\d+)-(\d+)\.(tentative|settled)\.safetensors")
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.exits import Exit, Stop
+from conf.files import no_space, sync_folder, write_synced
 from strategies.base import Tensors
 from strategies.protocol import Epoch, Refused, Tree, pack, unpack
-from strategies.store import sync_folder
 
 _FILES = ("model.safetensors", "strategy.safetensors")
 
@@ -36,19 +33,6 @@ class Progress:
     exchange: Tree = field(default_factory=dict)
 
 
-@contextmanager
-def no_space(what: str) -> Iterator[None]:
-    """Turn a full disk into `Stop(DISK_FULL)`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise Stop(
-            Exit.DISK_FULL, f"no space left while writing {what}; free some, then wardround resume"
-        ) from None
-
-
 def save(folder: Path, progress: Progress, keep: int) -> None:
     """Write `round-NNNN` below `folder` and drop all but the newest `keep`.
 
@@ -57,7 +41,7 @@ def save(folder: Path, progress: Progress, keep: int) -> None:
     """
     final = folder / f"round-{progress.round:04d}"
     temporary = folder / f".{final.name}.{os.getpid()}.part"
-    with no_space(str(final)):
+    with no_space(final, "wardround resume"):
         try:
             temporary.mkdir(parents=True)
             blobs = {"model.safetensors": pack(progress.model), "strategy.safetensors": pack(progress.state)}
@@ -69,10 +53,7 @@ def save(folder: Path, progress: Progress, keep: int) -> None:
             }
             blobs["state.json"] = _sealed(seal)
             for name, blob in blobs.items():
-                with (temporary / name).open("wb") as file:
-                    file.write(blob)
-                    file.flush()
-                    os.fsync(file.fileno())
+                write_synced(temporary / name, blob)
             sync_folder(temporary)
             if final.exists():  # damaged: `latest` passed it over
                 shutil.rmtree(final)

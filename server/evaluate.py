@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from server.checkpoint import no_space
+from conf.files import no_space, write_atomic
 from strategies.exact import Collect, Collected
-from strategies.store import write_atomic
 from tasks.metrics import Statistics
 
 Line = dict[str, Any]
@@ -38,7 +37,7 @@ class Metrics:
         """Add an evaluation; the file is replaced in one step."""
         self._lines += lines
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in self._lines)
-        with no_space(self._path.name):
+        with no_space(self._path, "wardround resume"):
             write_atomic(self._path, text.encode())
 
     @staticmethod

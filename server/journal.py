@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from server.checkpoint import no_space
+from conf.files import no_space
 from strategies.protocol import CODES, Failure
 
 Key = tuple[int, int, str]
@@ -51,7 +51,7 @@ class Journal:
         self._append({"round": round, "attempt": attempt, "stage": stage, "answered": sites})
 
     def _append(self, entry: dict[str, object]) -> None:
-        with no_space(self._path.name), self._path.open("a") as file:
+        with no_space(self._path, "wardround resume"), self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())

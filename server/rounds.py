@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.exits import Exit, Stop
-from server.checkpoint import Progress, kept, latest, no_space, save
+from conf.files import no_space
+from server.checkpoint import Progress, kept, latest, save
 from server.cohort import cohort
 from server.evaluate import Line, Metrics
 from server.exchange import Exchange, Order
@@ -233,7 +234,8 @@ class Run:
 
     def _time(self, **seconds: float) -> None:
         entry = {"round": self.progress.round, **{k: round(v, 4) for k, v in seconds.items()}}
-        with no_space("timing.jsonl"), (self.folder / "timing.jsonl").open("a") as file:
+        path = self.folder / "timing.jsonl"
+        with no_space(path, "wardround resume"), path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 

@@ -12,9 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from conf.exits import Exit, Stop
+from conf.files import no_space, write_atomic
 from conf.schema import Settings, complaint
-from server.checkpoint import no_space
-from strategies.store import write_atomic
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class RunFolder:
             Stop: (`RUN_EXISTS`, `DISK_FULL`).
         """
         made = cls(path, settings, secrets.token_hex(16))
-        with no_space(str(path)):
+        with no_space(path, "start again in another run.dir"):
             try:
                 path.mkdir(parents=True)
             except FileExistsError:

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-_PARTS = ("conf/schema.py", "tasks", "strategies", "client")
+_PARTS = ("conf/schema.py", "conf/table.py", "conf/files.py", "tasks", "strategies", "client")
 _LIBRARIES = ("torch", "numpy", "monai")
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from conf.files import write_atomic
 from server.exchange import Handler, Heard, Order
 from server.exchange.crew import Crew
 from server.exchange.workers import Workers
 from strategies.exact import Fold, Folded, Partial
 from strategies.protocol import Failure, Instruction, Spec, Tree, pack, unpack
-from strategies.store import write_atomic
 from tasks.seeds import generator
 
 

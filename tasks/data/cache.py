@@ -9,10 +9,8 @@ An object is durable before the index names it, so a crash at any point leaves t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -23,6 +21,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from conf.exits import Exit, Stop
+from conf.files import no_space, write_atomic
 from tasks.data.source import Raw
 
 if TYPE_CHECKING:
@@ -159,14 +158,18 @@ class Cache:
         digest = hashlib.sha256(blob).hexdigest()
         path = self._path(digest)
         if not path.exists() or path.stat().st_size != len(blob):
-            _write(path, blob)
+            with no_space(path.parent, "ingest again"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, blob)
         return digest
 
     def commit(self, index: Index) -> None:
         """Replace the index in one rename."""
         records = {s: _plain(r) for s, r in sorted(index.records.items())}
         data = {"version": VERSION, "tree": index.tree, "records": records}
-        _write(self.folder / "index.json", _canonical(data).encode())
+        with no_space(self.folder, "ingest again"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / "index.json", _canonical(data).encode())
         self.__dict__.pop("entries", None)
         self.__dict__["index"] = index
 
@@ -215,33 +218,3 @@ def _record(source: str, data: Mapping[str, Any]) -> Record:
         source=source,
     )
     return Record(data["stamp"], entry)
-
-
-def _write(path: Path, blob: bytes) -> None:
-    """Temporary file, fsync, rename, fsync folder.
-
-    Raises:
-        Stop: (`DISK_FULL`).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{id(blob):x}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = path.parent
-            raise Stop(
-                Exit.DISK_FULL, f"disk full writing {where}; nothing was lost: free space, ingest again"
-            ) from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -34,9 +34,9 @@ def toys(folder: Path, strategy: str, **changes: object) -> Toys:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def in_child(work: Callable[[], object]) -> int | None:
-    """Run in a forked child; its exit code (negative: the signal that ended it)."""
-    child = FORK.Process(target=work)
+def in_child(made: Toys, watch: Callable[[str, int], None]) -> int | None:
+    """Train in a forked child; its exit code (negative: the signal that ended it)."""
+    child = FORK.Process(target=made.train, args=(watch,))
     child.start()
     child.join(60)
     return child.exitcode
@@ -57,7 +57,7 @@ def dying(at: int) -> Callable[[str, int], None]:
 
 def events(made: Toys) -> list[str]:
     seen: list[str] = []
-    made.train(lambda event, round: seen.append(event))
+    made.train(lambda event, _: seen.append(event))
     return seen
 
 
@@ -69,7 +69,7 @@ def test_killed_at_every_event(strategy: str, ram: Path) -> None:
     assert {"ask", "answer", "fold", "checkpoint", "evaluate"} <= set(total)
     for at in range(len(strategy) % EVERY, len(total), EVERY):
         made = toys(ram / str(at), strategy)
-        assert in_child(lambda made=made, at=at: made.train(dying(at))) == -signal.SIGKILL
+        assert in_child(made, dying(at)) == -signal.SIGKILL
         made.train()
         assert made.ending() == undisturbed.ending(), f"killed at event {at} ({total[at]})"
 
@@ -81,7 +81,7 @@ def test_killed_with_workers(strategy: str, workers: int, ram: Path) -> None:
     total = len(events(undisturbed))
     for at in range(3, total, 3 * EVERY):
         made = toys(ram / str(at), strategy, workers=workers)
-        assert in_child(lambda made=made, at=at: made.train(dying(at))) == -signal.SIGKILL
+        assert in_child(made, dying(at)) == -signal.SIGKILL
         made.train()
         assert made.ending() == undisturbed.ending(), f"killed at event {at}"
 
@@ -113,7 +113,7 @@ def test_a_failed_site_recovers_before_the_resume(strategy: str, ram: Path) -> N
     for at in range(1, len(total), 2 * EVERY):
         well.unlink(missing_ok=True)
         made = toys(ram / str(at), strategy, wrap=wrap)
-        assert in_child(lambda made=made, at=at: made.train(dying(at))) == -signal.SIGKILL
+        assert in_child(made, dying(at)) == -signal.SIGKILL
         failed = (
             (made.folder / "journal.jsonl").read_text() if (made.folder / "journal.jsonl").exists() else ""
         )
@@ -131,7 +131,7 @@ def test_a_truncated_checkpoint_is_passed_over(strategy: str, last: int, ram: Pa
     total = events(undisturbed)
     at = [i for i, event in enumerate(total) if event == "checkpoint"][last - 1]
     killed = toys(ram / "killed", strategy)
-    assert in_child(lambda: killed.train(dying(at))) == -signal.SIGKILL
+    assert in_child(killed, dying(at)) == -signal.SIGKILL
     newest = killed.folder / "checkpoints" / f"round-{last:04d}"
     assert sum(path.stat().st_size for path in newest.iterdir()) <= 20_000
     for path in sorted(newest.iterdir()):
@@ -167,7 +167,7 @@ def test_durable_sites_answer_again_without_training(strategy: str, ram: Path) -
     total = events(undisturbed)
     at = [i for i, event in enumerate(total) if event == "checkpoint"][1]
     made = toys(ram / "run", strategy, durable=True)
-    assert in_child(lambda: made.train(dying(at - 1))) == -signal.SIGKILL
+    assert in_child(made, dying(at - 1)) == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in (made.folder / "sites").rglob("*.safetensors")}
     with made.opened() as run:
         run._propose()

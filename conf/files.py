@@ -1,0 +1,56 @@
+"""Files that are there whole or not at all, and what a full disk means."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from conf.exits import Exit, Stop
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new, on disk.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident():x}.part")
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and make its content durable (its name is, once its folder is synced)."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def no_space(what: object, remedy: str) -> Iterator[None]:
+    """Turn a full disk into `Stop(DISK_FULL)`: what could not be written, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        text = f"disk full while writing {what}; nothing was lost: free space, then {remedy}"
+        raise Stop(Exit.DISK_FULL, text) from None
