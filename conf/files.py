@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +56,34 @@ def no_space(what: object, remedy: str) -> Iterator[None]:
             raise
         text = f"disk full while writing {what}; nothing was lost: free space, then {remedy}"
         raise Stop(Exit.DISK_FULL, text) from None
+
+
+def scratch_prefix() -> str:
+    """What names of this process' temporary files begin with."""
+    return f"wardround-{os.getpid()}-"
+
+
+def shared_memory() -> Path:
+    """Where files are memory: `/dev/shm`, or the temporary folder of a system without."""
+    shm = Path("/dev/shm")  # noqa: S108  names in it are made by tempfile
+    return shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def sweep_scratch() -> None:
+    """Remove temporary files that killed processes left behind: some of them are memory."""
+    for folder in {shared_memory(), Path(tempfile.gettempdir())}:
+        for path in folder.glob("wardround-*-*"):
+            pid = path.name.split("-")[1]
+            if pid.isdecimal() and not _alive(int(pid)):
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's: not ours to judge
+    return True

@@ -21,11 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from conf.exits import Exit, Stop
+from conf.files import scratch_prefix
 from strategies.protocol import Epoch, Failure, Spec, Update
 
 _MAGIC = torch.tensor(1.5 * 2.0**52, dtype=torch.float64)
 _MAGIC_BITS = 0x4338000000000000
-_BLOCK = 2**18  # values: 2 MiB of float64, which stays in the cache of one core
+_BLOCK = 2**16  # values: half a MiB of float64, which stays in the cache of one core
+_ROWS = 2**20  # values of all answers together that a reduction holds at once
 _AGE_UNIT = 256  # staleness factors are whole multiples of 1/256, so that weights stay exact
 
 MAX_ADDS = 4096
@@ -39,14 +42,15 @@ def ring_bits(max_weight: int, max_value: float) -> int:
     2^62 (the sum). The resolution is absolute: 2^-bits / total weight.
 
     Raises:
-        ValueError: there is no room at all.
+        Stop: (`CONFIG`) there is no room at all.
     """
     size = math.ceil(math.log2(max_weight)) + math.ceil(math.log2(max_value))
     bits = min(32, 51 - size, 62 - size - int(math.log2(MAX_ADDS)))
     if bits < 16:
-        raise ValueError(
+        raise Stop(
+            Exit.CONFIG,
             f"federation.max_weight {max_weight} times max_value {max_value:g} leaves {bits} binary places "
-            "for a sum; need 16: lower one of them"
+            "for a sum; need 16: lower one of them",
         )
     return bits
 
@@ -102,7 +106,8 @@ class Sum:
         if partial.ring is None or partial.adds >= MAX_ADDS:
             raise ValueError(f"a sum has room for {MAX_ADDS} answers")
         scale = 2.0 ** ring_bits(spec.max_weight, spec.max_value)
-        weight = update.weight * round(_AGE_UNIT * (1 + age) ** -self.age_power)
+        # however old, an answer counts a little: a sum of nothing but weight 0 has no mean
+        weight = update.weight * max(1, round(_AGE_UNIT * (1 + age) ** -self.age_power))
         scratch = torch.empty(min(_BLOCK, spec.size), dtype=torch.float64)
         at = 0
         for name in spec.tensors:
@@ -118,6 +123,8 @@ class Sum:
         """Add `other` to `into`."""
         if into.ring is None or other.ring is None:
             raise ValueError("cannot merge a sum with a collection")
+        if into.adds + other.adds > MAX_ADDS:
+            raise ValueError(f"a sum has room for {MAX_ADDS} answers")
         into.ring += other.ring
         into._join(other)
 
@@ -136,12 +143,11 @@ def _lift(values: Tensor, alpha: float, ring: Tensor, scratch: Tensor) -> None:
     float32 is copied to float64 first (`torch.mul` into float64 multiplies in float32); 24 bits of it
     times a weight below 2^29 are exact there, so fused or not, the one rounding is the magic's.
     """
-    for start in range(0, values.numel(), _BLOCK):
-        part = values[start : start + _BLOCK]
+    for part, place in zip(values.split(_BLOCK), ring.split(_BLOCK), strict=True):
         block = scratch[: part.numel()]
         block.copy_(part)
         torch.add(_MAGIC, block, alpha=alpha, out=block)
-        ring[start : start + part.numel()] += block.view(torch.int64)
+        place += block.view(torch.int64)
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ class Collect:
         self, partial: Partial, spec: Spec, site: str, epoch: Epoch, update: Update, age: int = 0
     ) -> None:
         """Write an answer that passed `spec.check` to a file of its own."""
-        with tempfile.NamedTemporaryFile(prefix="wardround-", suffix=".row", delete=False) as file:
+        with tempfile.NamedTemporaryFile(prefix=scratch_prefix(), suffix=".row", delete=False) as file:
             # listed before it is written: a full disk leaves no file that nobody removes
             partial.rows[site] = (file.name, update.weight, age)
             for name in spec.tensors:
@@ -275,7 +281,7 @@ class Collected:
     def reduce(self, group: str, rule: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply `rule([sites, columns]) -> [columns]` to a group, block by block."""
         reduced = {}
-        step = max(1, 16 * _BLOCK // max(1, len(self.rows)))
+        step = max(1, _ROWS // max(1, len(self.rows)))
         for name, (shape, dtype) in self.spec.tensors.items():
             if _group(name) != group:
                 continue

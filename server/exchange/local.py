@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from conf.files import write_atomic
+from conf.files import sweep_scratch, write_atomic
 from server.exchange import Handler, Heard, Order
 from server.exchange.crew import Crew
 from server.exchange.workers import Workers
@@ -53,6 +53,7 @@ class LocalExchange:
     """
 
     def __init__(self, sites: Callable[[str], Handler], *, blobs: Path, seed: int, workers: int = 1) -> None:
+        sweep_scratch()
         self._blobs = blobs
         self._seed = seed
         self._crew = Crew(sites) if workers == 1 else None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from conf.files import scratch_prefix, shared_memory
 from server.exchange import Handler, Heard
 from server.exchange.crew import Crew
 from strategies.exact import Fold, Partial
@@ -49,9 +50,8 @@ class Workers:
     def __init__(self, sites: Callable[[str], Handler], count: int) -> None:
         self._sites = sites
         self._context = multiprocessing.get_context("fork")
-        # shared memory where the system has it: the files are unlinked as soon as both ends have mapped them
-        shm = Path("/dev/shm")  # noqa: S108
-        self._folder = tempfile.TemporaryDirectory(prefix="wardround-", dir=shm if shm.is_dir() else None)
+        # its files are unlinked as soon as both ends have mapped them
+        self._folder = tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=shared_memory())
         self._home: dict[str, int] = {}
         self._chunk = 1
         self._workers: list[_Worker] = []
