@@ -30,7 +30,11 @@ def build_strategy(plan: Plan) -> Strategy:
     """The strategy that `plan` names.
 
     Raises:
-        Stop: unknown, or a hyper-parameter out of bounds.
+        Stop: unknown, a hyper-parameter out of bounds, or no room in its sums for the plan's bounds.
     """
+    from strategies.exact import Sum, ring_bits
+
     built: Strategy = STRATEGIES.build(plan.strategy)
+    if isinstance(built.fold(), Sum):
+        ring_bits(plan.federation.max_weight, plan.federation.max_value)
     return built

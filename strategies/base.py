@@ -247,7 +247,7 @@ class Strategy:
         """What goes up after training."""
         tensors = {f"delta/{n}": fitted.weights[n] - start[n] for n in self.shared(local.study)}
         bound = local.study.plan.federation.max_value
-        tensors["loss/train"] = torch.tensor(min(fitted.loss, bound), dtype=torch.float32)
+        tensors["loss/train"] = torch.tensor(max(min(fitted.loss, bound), -bound), dtype=torch.float32)
         return Update(tensors, local.weight)
 
     def keep(self, local: Local, fitted: Fitted) -> Tree | None:

@@ -143,7 +143,7 @@ def _lift(values: Tensor, alpha: float, ring: Tensor, scratch: Tensor) -> None:
     float32 is copied to float64 first (`torch.mul` into float64 multiplies in float32); 24 bits of it
     times a weight below 2^29 are exact there, so fused or not, the one rounding is the magic's.
     """
-    for part, place in zip(values.split(_BLOCK), ring.split(_BLOCK), strict=True):
+    for part, place in zip(torch.split(values, _BLOCK), torch.split(ring, _BLOCK), strict=True):
         block = scratch[: part.numel()]
         block.copy_(part)
         torch.add(_MAGIC, block, alpha=alpha, out=block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from strategies.protocol import Tree
 
 def median(rows: Tensor) -> Tensor:
     """The median of each column; of an even number of rows, the mean of the middle two. `[n, P] -> [P]`."""
-    ordered = rows.sort(dim=0).values
+    # numpy sorts several times faster along a short axis, and makes no indices
+    ordered = torch.from_numpy(np.sort(rows.numpy(), axis=0))
     n = len(rows)
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
