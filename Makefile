@@ -40,3 +40,4 @@ experiments: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/fold.py
+	$(BIN)/python bench/commands.py

@@ -1,0 +1,26 @@
+"""How fast a command answers: the best of five.
+
+    python bench/commands.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def answer(*argv: str) -> float:
+    """Seconds that a command takes, the best of five."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([Path(sys.executable).with_name("wardround"), *argv], capture_output=True, check=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+if __name__ == "__main__":
+    print(f"wardround --help: {answer('--help'):.2f} s")
+    print(f"wardround simulate --cfg job: {answer('simulate', '--cfg', 'job'):.2f} s")
