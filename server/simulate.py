@@ -86,6 +86,12 @@ class Federation:
         )
         fixed = any(entry.split == "test" for entry in entries.entries)
         dealt = deal(entries.entries, data.sites, data.split_seed) if data.sites else by_site(entries.entries)
+        if not dealt:
+            raise Stop(
+                Exit.CONFIG,
+                "no case names its site: set data.columns.site=COLUMN, put the cases below a folder a site, or "
+                "deal the patients out with data.sites=N",
+            )
         sites = {name: _parts(own, data, fixed) for name, own in sorted(dealt.items())}
         if bare := [name for name, parts in sites.items() if not parts["train"]]:
             raise Stop(
