@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tasks.base import Case, Prediction
 
 #: Okabe and Ito's colours, told apart by colour-blind readers; classes and sites take them in order
-COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
+COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 #: pictures in a row
 WIDE = 4
 
