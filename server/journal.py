@@ -28,7 +28,9 @@ class Journal:
             path.write_text("".join(whole))
         for line in whole:
             entry = json.loads(line)
-            if entry.get("code") in CODES:
+            if entry.get("given_up"):
+                self._forget(entry["round"])
+            elif entry.get("code") in CODES:
                 self._failures(entry)[entry["site"]] = Failure(entry["code"])
 
     def _failures(self, entry: dict[str, object]) -> dict[str, Failure]:
@@ -49,6 +51,14 @@ class Journal:
     def answered(self, round: int, attempt: int, stage: str, sites: list[str]) -> None:
         """Write down the end of an ask."""
         self._append({"round": round, "attempt": attempt, "stage": stage, "answered": sites})
+
+    def given_up(self, round: int) -> None:
+        """Write down that a round was given up: whoever resumes the run has seen to its sites."""
+        self._append({"round": round, "given_up": True})
+        self._forget(round)
+
+    def _forget(self, round: int) -> None:
+        self._failed = {key: failed for key, failed in self._failed.items() if key[0] != round}
 
     def _append(self, entry: dict[str, object]) -> None:
         with no_space(self._path, "wardround resume"), self._path.open("a") as file:

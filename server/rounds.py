@@ -118,6 +118,7 @@ class Run:
                 return self._attempt(r, attempt)
             except Abandon as reason:
                 reasons.append(str(reason))
+        self.journal.given_up(r)
         raise Stop(
             Exit.TOO_FEW_REPLIES,
             f"round {r} of {self.rounds} was abandoned {ATTEMPTS} times: {reasons[-1]} "

@@ -89,8 +89,8 @@ class Federation:
         if not dealt:
             raise Stop(
                 Exit.CONFIG,
-                "no case names its site: set data.columns.site=COLUMN, put the cases below a folder a site, or "
-                "deal the patients out with data.sites=N",
+                "no case names its site: set data.columns.site=COLUMN, use one folder a site below data.root, "
+                "or deal the patients out with data.sites=N",
             )
         sites = {name: _parts(own, data, fixed) for name, own in sorted(dealt.items())}
         if bare := [name for name, parts in sites.items() if not parts["train"]]:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.federation
 
 @dataclass(frozen=True)
 class Fatal:
-    """Kills its own process when asked to train in round 2, as long as `marks` holds fewer than `times` files."""
+    """Kills its own process when it is to train in round 2, while `marks` holds fewer than `times` files."""
 
     site: Handler
     marks: Path

@@ -100,6 +100,26 @@ def test_too_few_valid_replies_end_the_run_with_a_number(ram: Path) -> None:
     assert stop.value.exit == Exit.TOO_FEW_REPLIES
 
 
+def test_a_run_that_was_given_up_goes_on_when_its_sites_are_well(ram: Path) -> None:
+    cases, plan = toy_cases(), toy_plan(federation={"min_replies": 3})
+    well = ram / "well"
+
+    @dataclass(frozen=True)
+    class Ill:
+        site: Handler
+
+        def handle(self, instruction: Instruction, common: Tree) -> Reply:
+            if instruction.round == 2 and not well.exists():
+                return Reply(instruction.site, Failure("memory"))
+            return self.site.handle(instruction, common)
+
+    made = Toys(ram / "a", plan, cases, wrap=lambda site, name: Ill(site) if name == "site_1" else site)
+    with pytest.raises(Stop, match="round 2 of 3 was abandoned 3 times"):
+        made.train()
+    well.touch()
+    assert torch.equal(made.train()["w"], Toys(ram / "b", plan, cases).train()["w"])
+
+
 def test_an_abandoned_attempt_leaves_no_trace_in_the_result(ram: Path) -> None:
     """The first attempt fails at one site; the second is the undisturbed round, draws and all."""
     cases, plan = toy_cases(), toy_plan("scaffold", federation={"min_replies": 3})
