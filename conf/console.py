@@ -47,11 +47,12 @@ def code(app: typer.Typer, argv: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         return _say(stop.exit, str(stop))
-    except typer.TyperException as error:
-        return _say(Exit.USAGE, error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         return _say(Exit.INTERRUPTED, HELP[Exit.INTERRUPTED])
     except Exception as error:  # noqa: BLE001  the last boundary: a user sees a line, never a stack
+        # typer's errors about the command line; their class is not the same in all its versions
+        if hasattr(error, "format_message"):
+            return _say(Exit.USAGE, str(error.format_message()))
         if debug:
             traceback.print_exc()
         return _say(Exit.INTERNAL, f"{type(error).__name__}: {error} ({HELP[Exit.INTERNAL]})")

@@ -24,7 +24,7 @@ CORE = (
     "strategies/protocol.py",
     "strategies/exact.py",
     "strategies/base.py",
-    "strategies/store.py",
+    "conf/files.py",
     "server/rounds.py",
     "server/cohort.py",
     "server/checkpoint.py",
