@@ -41,3 +41,4 @@ experiments: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/fold.py
 	$(BIN)/python bench/commands.py
+	$(BIN)/python bench/commands.py

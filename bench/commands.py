@@ -1,6 +1,6 @@
 """How fast a command answers: the best of five.
 
-    python bench/commands.py
+python bench/commands.py
 """
 
 from __future__ import annotations
