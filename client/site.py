@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from conf.schema import Plan
 from strategies.protocol import Instruction, Refused, Reply, Tree, Update
 
 __all__ = ["Archive", "Bench", "Plans", "Policy", "Site"]
+
+# what an instruction names becomes part of a path at the site: nothing else may
+_RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Plans:
@@ -39,7 +44,7 @@ class Plans:
         """
         if digest not in self._known:
             path = self._folder / f"{digest}.json"
-            if not path.is_file():
+            if not _DIGEST.fullmatch(digest) or not path.is_file():
                 raise Refused("plan", "not accepted")
             self._known[digest] = Plan.model_validate_json(path.read_bytes())
         return self._known[digest]
@@ -83,6 +88,8 @@ class Site:
             raise Refused("addressee", instruction.site)
         if instruction.code != self.code:
             raise Refused("code", instruction.code[:16])
+        if not _RUN.fullmatch(instruction.run):
+            raise Refused("payload", f"run {instruction.run[:64]!r}")
         if instruction.stage == "plan":
             return self._accept(instruction, common)
         plan = self.plans[instruction.plan]

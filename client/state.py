@@ -40,14 +40,16 @@ class Memory:
         """The reply already given to this very instruction.
 
         Raises:
-            Refused: (`conflict`) another instruction was answered under its round, attempt and stage.
+            Refused: (`conflict`) another instruction was answered under its round, attempt and stage;
+                (`lost`) the record is damaged.
         """
         if not self._durable:
             return None
-        for path in (self._reply(instruction), *(g.path for g in self._generations())):
+        states = (g.path for g in self._generations() if g.epoch == instruction.epoch)
+        for path in (self._reply(instruction), *states):
             if not path.exists():
                 continue
-            record = unpack(path.read_bytes())
+            record = _read(path)
             if record["key"] != _key(instruction):
                 continue
             if record["digest"] != instruction.digest:
@@ -59,12 +61,12 @@ class Memory:
         """Keep what `epoch` left, drop what came after it, and return that state (empty at first).
 
         Raises:
-            Refused: `lost` when the state of `epoch` is not here, `rewound` when the coordinator knows of
-                no epoch though one was settled.
+            Refused: `lost` when the state of `epoch` is not here or damaged, `rewound` when the coordinator
+                knows of no epoch though more than one was settled: it fell back further than it may.
         """
         generations = self._generations()
         if epoch is None:
-            if any(g.settled for g in generations):
+            if sum(g.settled for g in generations) > 1:
                 raise Refused("rewound", f"settled: {[g.epoch for g in generations]}")
             self._drop(generations)
             return {}
@@ -79,7 +81,7 @@ class Memory:
         older = [g for g in generations if g.epoch < epoch and g.settled]
         self._drop([g for g in generations if g.epoch != epoch and g not in older])
         self._drop(older[:-1])  # one settled generation stays, for a coordinator that falls back
-        state: Tree = unpack(found.path.read_bytes())["state"]
+        state: Tree = _read(found.path)["state"]
         return state
 
     def keep(self, instruction: Instruction, reply: Reply, state: Tree | None) -> None:
@@ -95,6 +97,10 @@ class Memory:
             record["state"] = state
             path = self._path(instruction.epoch, "tentative")
         write_atomic(path, pack(record))
+        for old in self._folder.glob("reply-*"):
+            # what is settled is asked again only by a coordinator that falls back by one checkpoint
+            if instruction.settled and int(old.name.split("-")[1]) < instruction.settled[0]:
+                old.unlink(missing_ok=True)
 
     def _generations(self) -> list[_Generation]:
         """States on disk, oldest first."""
@@ -118,6 +124,13 @@ class Memory:
     def _drop(generations: list[_Generation]) -> None:
         for generation in generations:
             generation.path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Tree:
+    try:
+        return unpack(path.read_bytes())
+    except Refused:
+        raise Refused("lost", f"{path.name} is damaged") from None
 
 
 def _key(instruction: Instruction) -> list[str | int]:

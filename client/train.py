@@ -45,14 +45,16 @@ class Bench:
 
     Attributes:
         capacity: bytes of prepared cases kept; beyond it they are prepared again at each use.
+        halt: called before each step and each patient scored; raises where the work was called off.
     """
 
     def __init__(self, device: str = "auto", capacity: int = 4 * 2**30) -> None:
         found = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(found if device == "auto" else device)
         self.capacity = capacity
+        self.halt: Callable[[], None] = lambda: None
         self._plans: dict[str, tuple[Study, Strategy]] = {}
-        self._model: tuple[str, nn.Module] | None = None
+        self._model: tuple[str, nn.Module, list[tuple[Tensor, Tensor]]] | None = None
         self._prepared: dict[tuple[str, str], Example] = {}
         self._held = 0
 
@@ -67,12 +69,16 @@ class Bench:
         return self._plans[plan.digest]
 
     def model(self, study: Study) -> nn.Module:
-        """The plan's model, on the device; its weights are whatever was there last."""
+        """The plan's model, on the device; its weights are whatever was there last, its counters new."""
         if self._model is None or self._model[0] != study.plan.digest:
             model = study.task.build_model().to(self.device)
             if self.device.type == "cuda":
                 model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self._model = study.plan.digest, model
+            floats = _floats(model)
+            counters = [(b, b.clone()) for name, b in model.named_buffers() if name not in floats]
+            self._model = study.plan.digest, model, counters
+        for buffer, new in self._model[2]:
+            buffer.copy_(new)
         return self._model[1]
 
     def example(self, study: Study, archive: Archive, entry: Entry) -> Example:
@@ -142,6 +148,7 @@ class Session:
             # layers that draw (dropout) use torch's own generator
             torch.manual_seed(int(torch.randint(2**31, (), generator=draw)))
             for step in range(plan.local.steps):
+                self._bench.halt()
                 progress = (self.round - 1 + step / plan.local.steps) / plan.federation.rounds
                 for stepper in steppers:
                     if step % stepper.phase.every == 0:
@@ -182,6 +189,7 @@ class Session:
         self._policy.release(len(patients))
         total = self.study.task.statistics()
         for entries in patients.values():
+            self._bench.halt()
             cases = [self._archive.load(entry) for entry in entries]
             total = total + self.study.task.score(cases, [predict(case) for case in cases])
         return total.to_vector()
@@ -206,6 +214,9 @@ class Session:
     def _load(self, weights: Tensors) -> nn.Module:
         model = self._bench.model(self.study)
         here = _floats(model)
+        if missing := sorted(here.keys() - weights.keys()):
+            # they would be what the model's last user left there: another site, in a simulation
+            raise ValueError(f"weights lack {missing[:3]}; a whole model is needed")
         with torch.no_grad():
             for name, tensor in weights.items():
                 here[name].copy_(tensor)

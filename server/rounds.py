@@ -63,7 +63,7 @@ class Run:
         if found is None:
             self._save()
         self.metrics.forget(after=self.progress.round)
-        self.exchange.restore(self.progress.exchange)
+        self.exchange.restore(self.progress.exchange, self.id)
 
     @property
     def rounds(self) -> int:
@@ -113,7 +113,7 @@ class Run:
         """One round: the first attempt that is not abandoned."""
         reasons = []
         for attempt in range(ATTEMPTS):
-            self.exchange.restore(self.progress.exchange)
+            self.exchange.restore(self.progress.exchange, self.id)
             try:
                 return self._attempt(r, attempt)
             except Abandon as reason:

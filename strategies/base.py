@@ -130,6 +130,9 @@ class Local(Protocol):
     def state(self) -> Tree:
         """The site's settled private state; empty at first. Not to be changed."""
 
+    def place(self, tensors: Tensors) -> Tensors:
+        """The tensors on the device where training happens."""
+
     def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Fitted:
         """Train from `weights` on the site's training patients; random draws are those of `purpose`."""
 
@@ -231,7 +234,8 @@ class Strategy:
 
     def weights(self, local: Local) -> Tensors:
         """The model as this site uses it: what came down, completed by what it keeps to itself."""
-        return {**local.study.initial, **local.state.get("private", {}), **local.common["model"]}
+        whole = {**local.study.initial, **local.state.get("private", {}), **local.common["model"]}
+        return local.place(whole)
 
     def learn(self, local: Local) -> tuple[Update, Tree | None]:
         """Local training and its report."""

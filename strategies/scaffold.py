@@ -22,7 +22,8 @@ class Scaffold(Strategy):
 
     A site's new control is the mean of its own (uncorrected) gradients along the round: for plain SGD
     this *is* option II, cᵢ − c + (x − yᵢ) / (K η), and it stays right with momentum, clipping or Adam.
-    Controls count sites, not patients: c = mean of all cᵢ over all N sites, whoever took part.
+    Controls count sites, not patients: c = mean of all cᵢ over all N sites, whoever took part. So it ends
+    at the optimum of the mean of the sites' losses, also where sites differ in size.
     """
 
     __pydantic_config__ = STRICT
@@ -52,8 +53,8 @@ class Scaffold(Strategy):
         )
 
     def learn(self, local: Local) -> tuple[Update, Tree]:
-        old: Tensors = local.state.get("control") or self._zeros(local.study)
-        shift = {n: c - old[n] for n, c in local.common["control"].items()}
+        old = local.place(local.state.get("control") or self._zeros(local.study))
+        shift = {n: c - old[n] for n, c in local.place(local.common["control"]).items()}
         seen = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in old.items()}
         steps: dict[str, int] = dict.fromkeys(old, 0)
 

@@ -50,7 +50,10 @@ class MeanTarget:
     size: int
 
     def zero(self) -> dict[str, Tensor]:
-        return {"target": torch.zeros(self.size, dtype=torch.float64), "count": torch.zeros((), dtype=torch.float64)}
+        return {
+            "target": torch.zeros(self.size, dtype=torch.float64),
+            "count": torch.zeros((), dtype=torch.float64),
+        }
 
     def accumulate(self, case: Case) -> dict[str, Tensor]:
         return {"target": case.images["image"][1].double(), "count": torch.ones((), dtype=torch.float64)}
@@ -79,7 +82,9 @@ class Quadratic(Task):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return (Phase("train", lambda model, batch: model(batch["a"], batch["t"]) if batch else torch.zeros(0)),)
+        return (
+            Phase("train", lambda model, batch: model(batch["a"], batch["t"]) if batch else torch.zeros(0)),
+        )
 
     def build_model(self) -> nn.Module:
         return _Point(self.size)
@@ -133,10 +138,10 @@ class TinyNet(Quadratic):
             return Prediction(scores={"w": model.eval().layers(case.images["image"][0][None])[0]})  # type: ignore[operator]
 
 
-def toy_plan(strategy: str = "fedavg", *, task: str = "quadratic", **sections: dict[str, Any]) -> Plan:
-    """A plan over a toy; sections by name (`local`, `federation`, `strategy`, `task`)."""
+def toy_plan(strategy: str = "fedavg", /, *, task: str = "quadratic", **sections: dict[str, Any]) -> Plan:
+    """A plan over a toy; sections by name (`local`, `federation`, `strategy`), `toy` holds the task's own."""
     return Plan(
-        task=Section(name=task, **sections.get("task", {})),
+        task=Section(name=task, **sections.get("toy", {})),
         model=Section(name="none"),
         loss=Section(name="none"),
         strategy=Section(name=strategy, **sections.get("strategy", {})),
@@ -146,7 +151,9 @@ def toy_plan(strategy: str = "fedavg", *, task: str = "quadratic", **sections: d
     )
 
 
-def toy_cases(sites: int = 3, patients: int = 5, size: int = 3, seed: int = 0) -> dict[str, dict[str, list[Case]]]:
+def toy_cases(
+    sites: int = 3, patients: int = 5, size: int = 3, seed: int = 0
+) -> dict[str, dict[str, list[Case]]]:
     """Cases by site and split: each site has its own curvatures and targets."""
     draw = torch.Generator().manual_seed(seed)
     made: dict[str, dict[str, list[Case]]] = {}
@@ -174,7 +181,10 @@ def toy_archive(splits: Mapping[str, Sequence[Case]]) -> Archive:
     """A site's archive of cases in memory."""
     held = {case.key: case for cases in splits.values() for case in cases}
     entries = {
-        split: [Entry(c.key, c.patient, None, split, c.key, tuple(c.images["image"].shape), {}, c.key) for c in cases]
+        split: [
+            Entry(c.key, c.patient, None, split, c.key, tuple(c.images["image"].shape), {}, c.key)
+            for c in cases
+        ]
         for split, cases in splits.items()
     }
     return Archive(entries, lambda entry: held[entry.key])
@@ -225,7 +235,14 @@ class Toys:
             workers=self.workers,
         ) as exchange:
             yield Run(
-                study, strategy, list(self.cases), exchange, self.folder, self.run_id, code_digest(), watch=watch
+                study,
+                strategy,
+                list(self.cases),
+                exchange,
+                self.folder,
+                self.run_id,
+                code_digest(),
+                watch=watch,
             )
 
     def train(self, watch: Callable[[str, int], None] = lambda *_: None) -> dict[str, Tensor]:
@@ -243,14 +260,15 @@ class Toys:
 
 @dataclass(frozen=True)
 class Recorder:
-    """A site that notes what passes through it."""
+    """A site that notes what passes through it, but for the plan."""
 
     site: Handler
-    replies: list[tuple[Instruction, Reply]]
+    said: list[tuple[Instruction, Tree, Reply]]
 
     def handle(self, instruction: Instruction, common: Tree) -> Reply:
         reply = self.site.handle(instruction, common)
-        self.replies.append((instruction, reply))
+        if instruction.stage != "plan":
+            self.said.append((instruction, common, reply))
         return reply
 
 

@@ -49,8 +49,8 @@ class Exchange(Protocol):
     def snapshot(self) -> Tree:
         """Clock and outstanding jobs, as the checkpoint keeps them: scalars only."""
 
-    def restore(self, tree: Tree) -> None:
-        """Go on from a snapshot."""
+    def restore(self, tree: Tree, run: str) -> None:
+        """Go on from a snapshot, which does not hold the run's id: equal runs have equal checkpoints."""
 
     def close(self) -> None:
         """End what it started."""
