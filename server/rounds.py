@@ -122,7 +122,7 @@ class Run:
         raise Stop(
             Exit.TOO_FEW_REPLIES,
             f"round {r} of {self.rounds} was abandoned {ATTEMPTS} times: {reasons[-1]} "
-            "(setting: federation.min_replies; journal.jsonl has the sites' codes)",
+            "(setting: federation.min_replies; each site's incidents.jsonl has the detail)",
         )
 
     def _attempt(self, r: int, attempt: int) -> Progress:

@@ -28,6 +28,7 @@ from strategies.code import code_digest
 from tasks.data.cache import Cache, Entry, default_cache
 from tasks.data.ingest import ingest
 from tasks.data.splits import by_site, deal, split
+from tasks.seeds import generator
 
 Splits = Mapping[str, tuple[Entry, ...]]
 
@@ -49,6 +50,7 @@ def simulate(settings: Settings) -> Path:
         raise Stop(Exit.RUN_EXISTS, f"run.dir {path} exists; choose another, or: wardround resume {path}")
     Bench().study(settings.plan)  # every name and parameter, before anything is written
     federation = Federation.of(settings.data, settings.plan)
+    federation.rehearse(settings.plan)
     return Simulation(RunFolder.create(path, settings), federation).run()
 
 
@@ -89,7 +91,7 @@ class Federation:
         if not dealt:
             raise Stop(
                 Exit.CONFIG,
-                "no case names its site: set data.columns.site=COLUMN, use one folder a site below data.root, "
+                "no case names its site: set data.columns.site=COLUMN, use one folder a site below the root, "
                 "or deal the patients out with data.sites=N",
             )
         sites = {name: _parts(own, data, fixed) for name, own in sorted(dealt.items())}
@@ -103,6 +105,28 @@ class Federation:
             if (asked := getattr(plan.federation, setting)) > len(sites):
                 raise Stop(Exit.CONFIG, f"federation.{setting} is {asked}; there are {len(sites)} sites")
         return cls(entries, sites)
+
+    def rehearse(self, plan: Plan) -> None:
+        """One forward pass over one case of each of a few sites, so that a misfit shows before the run does.
+
+        Raises:
+            Stop: (`CONFIG`) with what does not fit.
+        """
+        bench = Bench("cpu")
+        study, _ = bench.study(plan)
+        model = bench.model(study)
+        for name in list(self.sites)[:3]:
+            case = self.cache.load(self.sites[name]["train"][0])
+            try:
+                batch = study.task.batch(
+                    [study.task.prepare(case)] * 2, generator(0, name, 0, "", "rehearsal")
+                )
+                with torch.no_grad():
+                    for phase in study.task.phases:
+                        phase.loss(model, batch if phase.private else None)
+            except (ValueError, RuntimeError) as error:
+                why = str(error).splitlines()[0]
+                raise Stop(Exit.CONFIG, f"the plan does not fit the cases of site {name}: {why}") from None
 
     def site(self, name: str, folder: Path, bench: Bench, code: str) -> Site:
         """The named site, its files below `folder`.

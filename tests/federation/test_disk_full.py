@@ -1,4 +1,4 @@
-"""A disk that is full while a checkpoint is written: a number, nothing lost, and a resume to the same bytes."""
+"""A disk that is full while a checkpoint is written: a number, nothing lost, a resume to the same bytes."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_a_site_that_kills_twice_is_lost_and_the_others_go_on(ram: Path) -> None
 def test_workers_end_with_the_run_and_leave_no_shared_memory(ram: Path) -> None:
     with Toys(ram / "a", toy_plan(), toy_cases(), workers=3).opened() as run:
         run.train()
-        scratch = Path(run.exchange._workers._folder.name)
+        scratch = Path(run.exchange.carrier._folder.name)
         assert not list(scratch.iterdir())
     assert not scratch.exists()
     assert not [child for child in psutil.Process().children() if child.name() != "resource_tracker"]
