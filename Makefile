@@ -41,4 +41,3 @@ experiments: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/fold.py
 	$(BIN)/python bench/commands.py
-	$(BIN)/python bench/commands.py
