@@ -73,15 +73,13 @@ class Memory:
         found = next((g for g in generations if g.epoch == epoch), None)
         if found is None:
             raise Refused("lost", f"no state of {epoch}")
+        state: Tree = _read(found.path)["state"]
         if not found.settled:
-            path = self._path(epoch, "settled")
-            found.path.replace(path)
+            found.path.replace(self._path(epoch, "settled"))
             sync_folder(self._folder)
-            found = _Generation(epoch, True, path)
         older = [g for g in generations if g.epoch < epoch and g.settled]
         self._drop([g for g in generations if g.epoch != epoch and g not in older])
         self._drop(older[:-1])  # one settled generation stays, for a coordinator that falls back
-        state: Tree = _read(found.path)["state"]
         return state
 
     def keep(self, instruction: Instruction, reply: Reply, state: Tree | None) -> None:

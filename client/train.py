@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from client.policy import Policy
 from conf.schema import Plan
 from strategies import build_strategy
-from strategies.base import Correct, Fitted, Strategy, Study, Tensors
+from strategies.base import Correct, Fitted, Strategy, Study, Tensors, fresh_model
 from strategies.protocol import Instruction, Refused, Tree
 from tasks.base import Batch, Case, Phase, Prediction
 from tasks.data.cache import Entry
@@ -71,7 +71,7 @@ class Bench:
     def model(self, study: Study) -> nn.Module:
         """The plan's model, on the device; its weights are whatever was there last, its counters new."""
         if self._model is None or self._model[0] != study.plan.digest:
-            model = study.task.build_model().to(self.device)
+            model = fresh_model(study.plan, study.task).to(self.device)
             if self.device.type == "cuda":
                 model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             floats = _floats(model)

@@ -49,9 +49,7 @@ class Study:
             Stop: an unknown name, or a parameter out of bounds.
         """
         task = build_task(plan)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed(plan.seed, "", 0, "plan", "model") % 2**32)
-            model = task.build_model()
+        model = fresh_model(plan, task)
         names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
         norms = {
             names[id(t)]
@@ -66,6 +64,13 @@ class Study:
             frozenset(n for n, _ in model.named_parameters()),
             frozenset(norms),
         )
+
+
+def fresh_model(plan: Plan, task: Task) -> nn.Module:
+    """The model as it is before round 1, on the CPU; torch's own generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed(plan.seed, "", 0, "plan", "model") % 2**32)
+        return task.build_model()
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)

@@ -1,0 +1,468 @@
+"""The gate: what is refused and with which code, what is answered twice the same, and what never leaves."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.policy import Policy
+from client.site import Site
+from conf.schema import Plan, Section
+from server.exchange.crew import accepted
+from strategies import STRATEGIES
+from strategies.code import code_digest
+from strategies.mean import FedAvg
+from strategies.protocol import Failure, Instruction, Refused, Reply, Tree, Update, pack
+from tests.toys import Quadratic, Toys, toy_cases, toy_plan
+
+
+@dataclass
+class Desk:
+    """A coordinator's desk in front of one site, whose process may end and start anew."""
+
+    folder: Path
+    plan: Plan
+    durable: bool = True
+    policy: Policy = field(default_factory=lambda: Policy(minimum_cell=1))
+    cases: Any = field(default_factory=lambda: toy_cases(1, 3))
+
+    def __post_init__(self) -> None:
+        self.restart()
+        self.study, self.strategy = self.site.bench.study(self.plan)
+        assert isinstance(self.propose(self.plan.canonical()).body, Update)
+
+    def restart(self) -> None:
+        made = Toys(self.folder, self.plan, self.cases, durable=self.durable).site("site_0")
+        self.site: Site = replace(made, policy=self.policy)
+
+    def propose(self, text: object, digest: str | None = None) -> Reply:
+        return self.site.handle(self.asked("plan", plan=digest or self.plan.digest), {"plan": text})
+
+    def asked(self, stage: str = "train", **changes: Any) -> Instruction:
+        given: dict[str, Any] = {
+            "run": "run",
+            "round": 1,
+            "attempt": 0,
+            "settled": None,
+            "plan": self.plan.digest,
+            "code": code_digest(),
+            "common": "",
+            "site": "site_0",
+        }
+        return Instruction(stage=stage, **{**given, **changes})
+
+    @property
+    def down(self) -> Tree:
+        state = self.strategy.start(self.study, ("site_0",))
+        return self.strategy.down(state, self.study.initial, self.study)
+
+    def ask(self, instruction: Instruction | None = None, **common: Any) -> Reply:
+        return self.site.handle(instruction or self.asked(), {**self.down, **common})
+
+    def files(self) -> dict[str, bytes]:
+        memory = self.site.folder / "memory" / "run"
+        return {p.name: p.read_bytes() for p in memory.iterdir()} if memory.exists() else {}
+
+    def incidents(self) -> list[dict[str, str]]:
+        path = self.site.folder / "incidents.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def code(reply: Reply) -> str:
+    assert isinstance(reply.body, Failure), reply.body
+    return reply.body.code
+
+
+def blob(reply: Reply) -> bytes:
+    assert isinstance(reply.body, Update), reply.body
+    return pack(reply.to_tree())
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every batch that is made: what training costs."""
+    made: list[int] = []
+    true = Quadratic.batch
+
+    def batch(self: Quadratic, examples: Any, draw: torch.Generator) -> Any:
+        made.append(len(examples))
+        return true(self, examples, draw)
+
+    monkeypatch.setattr(Quadratic, "batch", batch)
+    return made
+
+
+# ---- the same instruction, the same bytes
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_repeated_instruction_gets_the_same_bytes_and_trains_nothing(
+    name: str, tmp_path: Path, steps: list[int]
+) -> None:
+    desk = Desk(tmp_path, toy_plan(name))
+    stage = "train/0" if name == "cyclic" else "train"
+    first = blob(desk.ask(desk.asked(stage)))
+    assert len(steps) == (8 if name == "ditto" else 4)
+    steps.clear()
+    assert blob(desk.ask(desk.asked(stage))) == first
+    desk.restart()
+    assert blob(desk.ask(desk.asked(stage))) == first
+    # round 2 says that round 1 counted; both can be asked again, by a coordinator that fell back by one
+    later = desk.asked(stage, round=2, settled=(1, 0))
+    second = blob(desk.ask(later))
+    steps.clear()
+    desk.restart()
+    assert blob(desk.ask(later)) == second
+    assert blob(desk.ask(desk.asked(stage))) == first
+    assert blob(desk.ask(later)) == second
+    assert steps == []
+    assert first != second
+    assert desk.incidents() == []
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_another_instruction_under_the_same_key_is_refused(
+    name: str, tmp_path: Path, steps: list[int]
+) -> None:
+    desk = Desk(tmp_path, toy_plan(name))
+    first = blob(desk.ask())
+    steps.clear()
+    for change in ({"own": {"x": 1}}, {"common": "0" * 64}, {"settled": (0, 0)}):
+        assert code(desk.ask(desk.asked(**change))) == "conflict"
+        desk.restart()
+        assert code(desk.ask(desk.asked(**change))) == "conflict"
+    assert steps == []
+    assert blob(desk.ask()) == first
+    # another run, round, attempt or stage is another key
+    keys: list[dict[str, Any]] = [{"run": "other"}, {"attempt": 1}, {"stage": "train/1"}]
+    for change in keys:
+        blob(desk.ask(desk.asked(**change)))
+    assert len(steps) == 4 * len(keys)
+
+
+def test_an_evaluation_is_answered_from_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    asked = desk.asked("evaluate/federated/val")
+    first = blob(desk.ask(asked, kind="federated", split="val"))
+    monkeypatch.setattr(Quadratic, "score", None)
+    desk.restart()
+    assert blob(desk.ask(asked, kind="federated", split="val")) == first
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_a_simulated_site_keeps_no_reply(name: str, tmp_path: Path, steps: list[int]) -> None:
+    desk = Desk(tmp_path, toy_plan(name), durable=False)
+    first = blob(desk.ask())
+    assert len(steps) == 4
+    assert blob(desk.ask()) == first  # trained again, from the same state
+    assert len(steps) == 8
+    assert len(desk.files()) == (name == "scaffold")
+
+
+def test_replies_older_than_the_settled_round_are_dropped(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    for r in range(1, 6):
+        blob(desk.ask(desk.asked(round=r, settled=(r - 1, 0) if r > 1 else None)))
+    assert sorted(name[:12] for name in desk.files()) == ["reply-000004", "reply-000005"]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_a_record_cut_anywhere_never_gives_a_wrong_answer(
+    name: str, tmp_path: Path, steps: list[int]
+) -> None:
+    desk = Desk(tmp_path, toy_plan(name))
+    first = blob(desk.ask())
+    (path,) = (desk.site.folder / "memory" / "run").iterdir()
+    whole = path.read_bytes()
+    steps.clear()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert code(desk.ask()) == "lost"
+        if name == "scaffold":  # nor does a later round go on from a wrong state
+            assert code(desk.ask(desk.asked(round=2, settled=(1, 0)))) == "lost"
+    path.write_bytes(whole)
+    assert blob(desk.ask()) == first
+    assert steps == []
+
+
+# ---- refusals
+
+
+def test_codes_of_whoever_is_meant(tmp_path: Path, steps: list[int]) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    assert code(desk.ask(desk.asked(site="site_1"))) == "addressee"
+    assert code(desk.ask(desk.asked(code="0" * 64))) == "code"
+    assert code(desk.ask(desk.asked(plan="0" * 64))) == "plan"
+    assert steps == []
+    assert desk.files() == {}
+    # whose code it is comes before what the plan says: another version may not even read it
+    assert code(desk.site.handle(desk.asked("plan", code="0" * 64), {"plan": "?"})) == "code"
+
+
+@pytest.mark.parametrize("run", ["", "..", "../out", "/tmp/out", "a/b", "a.b", "x" * 65, "a\0b", "run\n"])
+def test_a_runs_name_cannot_lead_out_of_the_sites_folder(run: str, tmp_path: Path, steps: list[int]) -> None:
+    desk = Desk(tmp_path / "here", toy_plan("scaffold"))
+    before = sorted(tmp_path.rglob("*.safetensors"))
+    assert code(desk.ask(desk.asked(run=run))) == "payload"
+    assert steps == []
+    assert sorted(tmp_path.rglob("*.safetensors")) == before
+
+
+def test_a_plan_is_taken_only_from_the_folder_of_accepted_ones(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    (tmp_path / "sites" / "other.json").write_text(desk.plan.canonical())
+    desk.restart()
+    assert code(desk.ask(desk.asked(plan="../other"))) == "plan"
+    assert code(desk.ask(desk.asked(plan=str(tmp_path / "sites" / "other")))) == "plan"
+    blob(desk.ask())  # a process that starts later knows what was accepted
+
+
+def tampered(change: Callable[[dict[str, Any]], None]) -> str:
+    tree = json.loads(toy_plan().canonical())
+    change(tree)
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+
+
+PLANS: dict[str, tuple[object, str]] = {
+    "no text": (None, "plan"),
+    "a number": (3, "plan"),
+    "no JSON": ("{", "plan"),
+    "a list": ("[]", "plan"),
+    "spaces": (json.dumps(json.loads(toy_plan().canonical()), sort_keys=True), "plan"),
+    "another order of keys": (
+        json.dumps(dict(reversed(json.loads(toy_plan().canonical()).items())), separators=(",", ":")),
+        "plan",
+    ),
+    "an unknown key": (tampered(lambda tree: tree.update(extra=1)), "plan"),
+    "a missing key": (tampered(lambda tree: tree.pop("privacy")), "plan"),  # has a default: not canonical
+    "out of range": (tampered(lambda tree: tree["local"].update(steps=0)), "plan"),
+    "an unknown task": (tampered(lambda tree: tree["task"].update(name="poker")), "plan"),
+    "an unknown strategy": (tampered(lambda tree: tree["strategy"].update(name="fedsgd")), "plan"),
+    "an unknown setting": (tampered(lambda tree: tree["strategy"].update(mu=1)), "plan"),
+    "bounds too wide": (
+        tampered(lambda tree: tree["federation"].update(max_weight=2**20, max_value=2.0**20)),
+        "plan",
+    ),
+    "a task that is not allowed": (tampered(lambda tree: tree["task"].update(name="tiny_net")), "policy"),
+    "a model that is not allowed": (tampered(lambda tree: tree["model"].update(name="other")), "policy"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_plan_is_refused(case: str, tmp_path: Path) -> None:
+    text, wanted = PLANS[case]
+    desk = Desk(tmp_path, toy_plan())
+    desk.policy = Policy(tasks=("quadratic", "poker"), models=("none",), minimum_cell=1)
+    desk.restart()
+    digest = hashlib.sha256(str(text).encode()).hexdigest()
+    assert code(desk.propose(text, digest)) == wanted
+    assert code(desk.ask(desk.asked(plan=digest))) == "plan"
+    assert len(list((tmp_path / "sites" / "plans").iterdir())) == 1
+
+
+def test_a_plan_under_another_digest_is_refused(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    assert code(desk.propose(toy_plan("fedprox").canonical())) == "plan"
+
+
+def test_a_policy_that_was_narrowed_later_rules_accepted_plans_too(tmp_path: Path, steps: list[int]) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    for policy in (Policy(tasks=("segmentation",)), Policy(models=())):
+        desk.policy = policy
+        desk.restart()
+        assert code(desk.ask()) == "policy"
+    assert steps == []
+
+
+@pytest.mark.parametrize("cell", [1, 3, 4])
+def test_statistics_leave_only_over_enough_patients(cell: int, tmp_path: Path) -> None:
+    cases = toy_cases(1, 3)
+    cases["site_0"]["val"] = cases["site_0"]["val"][:1]
+    desk = Desk(tmp_path, toy_plan(), policy=Policy(minimum_cell=cell), cases=cases)
+    trivial = desk.ask(desk.asked("trivial/constant"))
+    val = desk.ask(desk.asked("evaluate/federated/val"), kind="federated", split="val")
+    outcomes = [reply.body.code if isinstance(reply.body, Failure) else "" for reply in (trivial, val)]
+    assert outcomes == ["policy" if cell > n else "" for n in (3, 1)]
+    unknown = desk.ask(desk.asked("evaluate/federated/other"), kind="federated", split="other")
+    assert code(unknown) == "data"
+
+
+def test_statistics_may_stay_home_altogether(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, toy_plan(), policy=Policy(statistics="none", minimum_cell=1))
+    assert code(desk.ask(desk.asked("trivial/constant"))) == "policy"
+    for kind in ("federated", "trivial", "given"):
+        down: Tree = {"kind": kind, "split": "val", "name": "constant", "sums": {}}
+        assert code(desk.ask(desk.asked(f"evaluate/{kind}/val"), **down)) == "policy"
+    blob(desk.ask())  # training is another matter
+
+
+def test_stages_that_nobody_knows(tmp_path: Path, steps: list[int]) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    for stage in ("", "unmask", "trivial/horoscope", "trivial", "Train"):
+        assert code(desk.ask(desk.asked(stage))) == "stage"
+    for kind in ("personal", "palm"):  # FedAvg makes no personal model
+        assert code(desk.ask(desk.asked(f"evaluate/{kind}/val"), kind=kind, split="val")) == "stage"
+    assert steps == []
+
+
+def test_state_that_is_lost_or_unknown_to_the_coordinator(tmp_path: Path, steps: list[int]) -> None:
+    desk = Desk(tmp_path, toy_plan("scaffold"))
+    assert code(desk.ask(desk.asked(round=5, settled=(4, 0)))) == "lost"
+    for r in (1, 2, 3):
+        blob(desk.ask(desk.asked(round=r, settled=(r - 1, 0) if r > 1 else None)))
+    steps.clear()
+    assert code(desk.ask(desk.asked(round=4, settled=(3, 1)))) == "lost"  # another attempt
+    assert code(desk.ask(desk.asked(round=2, attempt=1))) == "rewound"
+    assert steps == []
+    blob(desk.ask(desk.asked(round=4, settled=(3, 0))))  # the refusals changed nothing
+
+
+def test_a_site_without_training_patients_says_so(tmp_path: Path) -> None:
+    cases = toy_cases(1, 3)
+    cases["site_0"]["train"] = []
+    assert code(Desk(tmp_path, toy_plan(), cases=cases).ask()) == "data"
+
+
+# ---- nothing else leaves
+
+CANARY = "/home/ward7/Mustermann_Erika_1961/ct.dcm"
+
+
+def raised() -> dict[str, tuple[BaseException, str]]:
+    chained = RuntimeError("while reading " + CANARY)
+    chained.__cause__ = ValueError(CANARY)
+    return {
+        "ValueError": (ValueError(f"cannot read {CANARY}"), "internal"),
+        "KeyError": (KeyError(CANARY), "internal"),
+        "OSError": (OSError(errno.EIO, "input/output error", CANARY), "internal"),
+        "full disk": (OSError(errno.ENOSPC, "no space left", CANARY), "disk"),
+        "memory": (MemoryError(CANARY), "memory"),
+        "unicode": (UnicodeDecodeError("utf-8", CANARY.encode(), 0, 1, CANARY), "internal"),
+        "Refused with a detail": (Refused("data", CANARY), "data"),
+        "Refused with a wild code": (Refused(CANARY), "internal"),
+        "chained": (chained, "internal"),
+        "no text of its own": (AssertionError(CANARY), "internal"),
+        "StopIteration": (StopIteration(CANARY), "internal"),
+    }
+
+
+@pytest.mark.parametrize("where", ["batch", "load", "score"])
+@pytest.mark.parametrize("kind", raised())
+def test_nothing_of_an_exception_leaves_but_its_code(
+    kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, wanted = raised()[kind]
+    desk = Desk(tmp_path, toy_plan())
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    if where == "load":
+        archive = replace(desk.site.archive, load=fail)
+        desk.site = replace(desk.site, archive=archive)
+    else:
+        monkeypatch.setattr(Quadratic, where, fail)
+    if where == "score":
+        reply = desk.ask(desk.asked("evaluate/federated/val"), kind="federated", split="val")
+    else:
+        reply = desk.ask()
+    assert code(reply) == wanted
+    assert isinstance(reply.body, Failure)
+    sent = pack(reply.to_tree())
+    for part in (CANARY, "Mustermann", "ct.dcm", str(tmp_path), "Traceback"):
+        assert part.encode() not in sent
+    (incident,) = desk.incidents()
+    assert incident["incident"] == reply.body.incident
+    assert incident["code"] == wanted
+    assert CANARY in incident["detail"]
+    assert desk.files() == {}
+    with pytest.raises(Refused, match=wanted):
+        accepted(Reply.from_tree(reply.to_tree()), "site_0", desk.strategy.spec(desk.study, "train"))
+
+
+def test_a_log_that_cannot_be_written_does_not_hide_the_code(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    desk.site = replace(desk.site, folder=tmp_path / "file")
+    (tmp_path / "file").write_text("in the way")
+    assert code(desk.ask(desk.asked(code="0"))) == "code"
+
+
+def test_a_reply_that_cannot_be_kept_does_not_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, toy_plan())
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("client.state.write_atomic", full)
+        assert code(desk.ask()) == "disk"
+    blob(desk.ask())
+
+
+# ---- egress
+
+
+def extra(update: Update) -> Update:
+    return replace(update, tensors={**update.tensors, "private/w": torch.zeros(3)})
+
+
+def lacking(update: Update) -> Update:
+    return replace(update, tensors={n: t for n, t in update.tensors.items() if n != "delta/w"})
+
+
+def changed(value: Any) -> Callable[[Update], Update]:
+    return lambda update: replace(update, tensors={**update.tensors, "delta/w": value})
+
+
+EGRESS: dict[str, tuple[Callable[[Update], Update], str]] = {
+    "one more tensor": (extra, "names"),
+    "one tensor less": (lacking, "names"),
+    "NaN": (changed(torch.tensor([0.0, torch.nan, 0.0])), "finite"),
+    "Inf": (changed(torch.tensor([0.0, 0.0, -torch.inf])), "finite"),
+    "out of range": (changed(torch.full((3,), 65.0)), "range"),
+    "another shape": (changed(torch.zeros(1, 3)), "shape"),
+    "another type": (changed(torch.zeros(3, dtype=torch.float64)), "shape"),
+    "weight 0": (lambda update: replace(update, weight=0), "weight"),
+    "weight True": (lambda update: replace(update, weight=True), "weight"),
+    "too much weight": (lambda update: replace(update, weight=5000), "weight"),
+}
+
+
+@pytest.mark.parametrize("case", EGRESS)
+def test_an_answer_of_another_form_than_the_plans_does_not_leave(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, wanted = EGRESS[case]
+    desk = Desk(tmp_path, toy_plan())
+    true = FedAvg.report
+    with monkeypatch.context() as patch:
+        patch.setattr(FedAvg, "report", lambda *given: spoil(true(*given)))
+        assert code(desk.ask()) == wanted
+    assert desk.files() == {}
+    blob(desk.ask())  # and nothing was remembered of it
+
+
+def test_a_diverging_loss_is_capped_and_one_that_is_nan_is_refused(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, toy_plan())
+    weights = {"w": torch.full((3,), 1e4)}
+    reply = desk.ask(model=weights)
+    assert code(reply) == "range"  # the change itself is too large, whatever the loss
+    assert code(desk.ask(desk.asked(attempt=1), model={"w": torch.full((3,), torch.nan)})) == "finite"
+    near = desk.ask(desk.asked(attempt=2), model={"w": torch.full((3,), 30.0)})
+    assert isinstance(near.body, Update)
+    assert float(near.body.tensors["loss/train"]) == 64.0
+
+
+def test_the_plan_section_names_are_as_the_policy_expects() -> None:
+    policy = Policy(tasks=("quadratic",), models=("none",))
+    policy.check(toy_plan())
+    with pytest.raises(Refused, match="policy: model unet"):
+        policy.check(toy_plan().model_copy(update={"model": Section(name="unet")}))
