@@ -80,8 +80,9 @@ def main(argv: Sequence[str], job: Callable[[Settings], object]) -> None:
             config_path="pkg://conf",
             config_name="config",
         )
-    now = datetime.now(UTC)
-    for settings in [_placed(validate(config), now, number) for config, number in jobs]:
+        now = datetime.now(UTC)
+        valid = [_placed(validate(config), now, number) for config, number in jobs]
+    for settings in valid:
         job(settings)
 
 

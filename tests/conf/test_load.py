@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import MISSING, fields, is_dataclass
@@ -170,6 +171,8 @@ def test_a_wrong_setting_is_refused_in_one_line(overrides: list[str], exit: Exit
     assert stop.exit == exit
     for part in parts:
         assert part in str(stop)
+    with pytest.raises(Stop, match=re.escape(str(stop))):
+        main(overrides, print)
 
 
 BOUNDED = [
