@@ -1,13 +1,15 @@
 """Made-up CT patients of several hospitals, as DICOM series with DICOM SEG: demo and tests need no real one.
 
 Each patient has an elliptical body with fat, muscle and spine, a liver (segment 1) with lesions
-(segment 2, inside the liver's segment), and a spleen and kidneys that nobody labelled. Hospitals differ
-in contrast phase (how bright organs are, and whether lesions are darker or brighter than the liver),
-spacing, blur, noise and manufacturer, so a model of one does not carry over to another.
+(segment 2, inside the liver's segment), and further organs that nobody labelled. Hospitals differ in
+contrast phase (how bright organs are), spacing, blur, noise and manufacturer; and at all but the first
+another unlabelled organ looks like the liver: bright as it, with spots like lesions. What tells the liver
+apart at one hospital misleads at the others, so a model of one does worse there than a model of all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +32,22 @@ _WIDE = 320.0  # mm across
 
 @dataclass(frozen=True)
 class _Hospital:
-    """How one hospital scans. HU of organs, mm of spacing and blur, HU of noise."""
+    """How one hospital scans.
+
+    Attributes:
+        liver, lesion, spleen, stomach, bowel, kidney: HU.
+        double: the organ that looks like the liver there, if any.
+        wide: field of view over 320 mm. slice_mm, blur_mm: mm. noise: standard deviation, HU. offset: HU.
+    """
 
     manufacturer: str
     liver: float
-    spleen: float
-    kidney: float
     lesion: float
+    spleen: float
+    stomach: float
+    bowel: float
+    kidney: float
+    double: str
     wide: float
     slice_mm: float
     blur_mm: float
@@ -45,9 +56,12 @@ class _Hospital:
 
 
 _HOSPITALS = (
-    _Hospital("SIEMENS", 115.0, 128.0, 190.0, 60.0, 1.0, 6.0, 2.0, 12.0, 0.0),  # portal venous
-    _Hospital("GE MEDICAL SYSTEMS", 75.0, 115.0, 210.0, 160.0, 0.92, 5.0, 1.0, 20.0, 8.0),  # arterial
-    _Hospital("Philips", 55.0, 48.0, 32.0, 15.0, 1.08, 8.0, 3.5, 8.0, -10.0),  # without contrast
+    # portal venous phase: every organ has a brightness of its own
+    _Hospital("SIEMENS", 115.0, 40.0, 175.0, 15.0, -25.0, 200.0, "", 1.0, 6.0, 2.0, 8.0, 0.0),
+    # late arterial phase, sharp and noisy, with contrast in the bowel
+    _Hospital("GE MEDICAL SYSTEMS", 88.0, 25.0, 140.0, 8.0, 88.0, 165.0, "bowel", 0.92, 5.0, 1.0, 24.0, 6.0),
+    # no contrast: spleen and liver look alike
+    _Hospital("Philips", 58.0, 5.0, 58.0, -350.0, 5.0, 30.0, "spleen", 1.08, 8.0, 3.5, 8.0, -6.0),
 )
 
 
@@ -92,6 +106,14 @@ class _Ball:
         return inside
 
 
+#: organs that can look like the liver: centre in half widths of the body (x, y) and mm (z), half axes in mm
+_OTHERS = {
+    "stomach": ((0.3, -0.42, 8.0), (40.0, 32.0, 38.0)),
+    "spleen": ((0.6, 0.3, 10.0), (32.0, 36.0, 40.0)),
+    "bowel": ((0.45, -0.05, -22.0), (40.0, 38.0, 30.0)),
+}
+
+
 @dataclass(frozen=True)
 class _Body:
     """One patient's anatomy, in mm; x to the left, y to the back, z to the head (DICOM's LPS)."""
@@ -101,44 +123,37 @@ class _Body:
     shift: Array
     sex: str
     age: int
-    liver: tuple[_Ball, _Ball]
-    spleen: _Ball
     kidneys: tuple[_Ball, _Ball]
-    lesions: tuple[_Ball, ...]
+    others: Mapping[str, _Ball]
+    liver: tuple[_Ball, _Ball]
+    spots: Mapping[str, tuple[_Ball, ...]]
 
     @classmethod
     def drawn(cls, draw: np.random.Generator) -> _Body:
         half = np.array([135.0, 95.0]) * draw.uniform(0.85, 1.1, 2)
-        right = np.array([-0.42 * half[0], -0.1 * half[1], 5.0]) + draw.normal(0, [9.0, 9.0, 14.0])
+        body = np.array([*half, 1.0])
+        right = body * [-0.42, -0.1, 5.0] + draw.normal(0, [9.0, 9.0, 14.0])
         main = _Ball(right, np.array([54.0, 52.0, 46.0]) * draw.uniform(0.75, 1.2, 3))
         lobe = _Ball(
             right + np.array([main.half[0] * 0.8, -20.0, draw.normal(8.0, 8.0)]),
             np.array([42.0, 24.0, 30.0]) * draw.uniform(0.7, 1.25, 3),
         )
-        spleen = _Ball(
-            np.array([0.6 * half[0], 0.25 * half[1], 10.0]) + draw.normal(0, 8.0, 3),
-            np.array([22.0, 32.0, 34.0]) * draw.uniform(0.75, 1.25, 3),
-        )
+        others = {
+            name: _Ball(body * centre + draw.normal(0, 7.0, 3), np.array(axes) * draw.uniform(0.85, 1.15, 3))
+            for name, (centre, axes) in _OTHERS.items()
+        }
         low = draw.normal(-38.0, 10.0)
-        kidneys = (
-            _Ball(np.array([-0.42 * half[0], 0.48 * half[1], low]), np.array([20.0, 17.0, 30.0])),
-            _Ball(np.array([0.42 * half[0], 0.48 * half[1], low + 6]), np.array([20.0, 17.0, 30.0])),
-        )
-        lesions = []
-        for _ in range(int(draw.integers(1, 4))):
-            way = draw.normal(size=3)
-            centre = right + 0.55 * main.half * way / np.linalg.norm(way)
-            lesions.append(_Ball(centre, draw.uniform(13.0, 23.0) * draw.uniform(0.85, 1.15, 3)))
+        kidney = np.array([20.0, 17.0, 30.0])
         return cls(
             half=half,
             turn=float(draw.uniform(-12, 12)),
             shift=draw.normal(0, [10.0, 10.0, 6.0]),
             sex="FM"[int(draw.integers(2))],
             age=int(draw.integers(25, 90)),
+            kidneys=(_Ball(body * [-0.42, 0.48, low], kidney), _Ball(body * [0.42, 0.48, low + 6], kidney)),
+            others=others,
             liver=(main, lobe),
-            spleen=spleen,
-            kidneys=kidneys,
-            lesions=tuple(lesions),
+            spots={name: _spots(ball, draw) for name, ball in {"liver": main, **others}.items()},
         )
 
     def scan(self, points: Array, scanner: _Hospital, draw: np.random.Generator) -> tuple[Array, Array]:
@@ -146,27 +161,43 @@ class _Body:
         angle = np.deg2rad(self.turn)
         back = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
         own = (points - self.shift) @ back
-        flat, flat_y = own[..., :2], own[..., 1]
+        flat = own[..., :2]
         radius = np.sqrt(((flat / self.half) ** 2).sum(-1))
-        hu = np.full(points.shape[:-1], -1000.0)
-        hu[radius < 1] = -95.0  # fat
-        hu[radius < 0.9] = 45.0  # muscle
-        hu[radius < 0.8] = -60.0  # what lies between the organs
-        spine = ((flat - [0, 0.62 * self.half[1]]) ** 2).sum(-1) < 19.0**2
         inside = radius < 0.8
-        for kidney in self.kidneys:
-            hu[kidney.holds(own) & inside] = scanner.kidney + draw.normal(0, 6.0)
-        hu[self.spleen.holds(own) & inside] = scanner.spleen + draw.normal(0, 6.0)
-        hu[spine] = 350.0 - 2.0 * np.abs(flat_y[spine] - 0.62 * self.half[1])
+        hu = np.full(points.shape[:-1], -1000.0)
+        for edge, value in ((1.0, -95.0), (0.9, 45.0), (0.8, -60.0)):  # fat, muscle, what lies between organs
+            hu[radius < edge] = value
+        spine = ((flat - [0, 0.62 * self.half[1]]) ** 2).sum(-1) < 19.0**2
         liver = (self.liver[0].holds(own) | self.liver[1].holds(own)) & inside & ~spine
         level = scanner.liver + draw.normal(0, 6.0)
+        lesion = level + scanner.lesion - scanner.liver + draw.normal(0, 4.0)
+        for kidney in self.kidneys:
+            hu[kidney.holds(own) & inside] = scanner.kidney + draw.normal(0, 6.0)
+        for name, ball in self.others.items():
+            organ = ball.holds(own) & inside
+            hu[organ] = getattr(scanner, name) + draw.normal(0, 6.0)
+            if name == scanner.double:
+                hu[organ & _any(self.spots[name], own)] = lesion
+        hu[spine] = 330.0
         hu[liver] = level
-        lesion = np.zeros_like(liver)
-        for ball in self.lesions:
-            lesion |= ball.holds(own)
-        lesion &= liver
-        hu[lesion] = level + scanner.lesion - scanner.liver + draw.normal(0, 4.0)
-        return hu, np.where(lesion, 2, liver.astype(int))
+        spots = liver & _any(self.spots["liver"], own)
+        hu[spots] = lesion
+        return hu, np.where(spots, 2, liver.astype(int))
+
+
+def _spots(organ: _Ball, draw: np.random.Generator) -> tuple[_Ball, ...]:
+    """One to three lesions well inside an organ."""
+    found = []
+    for _ in range(int(draw.integers(1, 4))):
+        way = draw.normal(size=3)
+        centre = organ.centre + 0.55 * organ.half * way / np.linalg.norm(way)
+        found.append(_Ball(centre, draw.uniform(13.0, 23.0) * draw.uniform(0.85, 1.15, 3)))
+    return tuple(found)
+
+
+def _any(balls: Sequence[_Ball], points: Array) -> Array:
+    held: Array = np.logical_or.reduce([ball.holds(points) for ball in balls])
+    return held
 
 
 @dataclass(frozen=True)
