@@ -168,7 +168,7 @@ class Run:
                 own=dict(ask.own.get(site, {})),
             )
             for site in ask.sites
-            if site not in known and site not in busy
+            if site not in busy and (site not in known or ask.need is not None)
         }
 
         def heard(site: str, failure: Failure | None) -> None:

@@ -21,7 +21,8 @@ class Order:
     Attributes:
         instructions: one for each site to be asked, without the digest of `ask.down`, which the exchange
             adds where it travels.
-        known: failures that the journal of an interrupted round already holds: those sites are not asked.
+        known: failures that the journal of an interrupted round already holds: those sites are not asked
+            (asynchronous orders have instructions for them too: on a virtual clock failing takes time).
         deadline_s: seconds to wait; 0 = no limit.
     """
 

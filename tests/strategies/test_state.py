@@ -97,6 +97,43 @@ def test_private_tensors_appear_in_no_byte_that_goes_up(name: str, group: str, t
         assert not any(NORMS & set(common.get("model", {})) for _, common, _ in said)
 
 
+# ---- FedBuff: what an interrupted round has seen fail stays failed, and took its time
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("sites", "buffer"), [(4, 2), (2, 2)])
+def test_an_asynchronous_job_that_failed_is_not_done_again_after_an_interruption(
+    sites: int, buffer: int, tmp_path: Path
+) -> None:
+    plan = toy_plan("fedbuff", strategy={"buffer": buffer}, federation={"rounds": 3}, local={"steps": 1})
+    cases = toy_cases(sites, 2)
+    said: list[tuple[Instruction, Tree, Reply]] = []
+    Toys(tmp_path / "asked", plan, cases, wrap=lambda site, name: Recorder(site, said)).train()
+    jobs = [(i.site, i.epoch) for i, _, _ in said if i.stage == "train" and i.round == 1]
+    for name, epoch in jobs:
+        folder = tmp_path / f"{name}-{epoch[0]}"
+
+        def ill(site: Handler, other: str, name: str = name, epoch: tuple[int, int] = epoch) -> Handler:
+            return Faulty(site, set(), {epoch} if other == name else set())
+
+        undisturbed = Toys(folder / "whole", plan, cases, wrap=ill)
+        undisturbed.train()
+        made = Toys(folder / "killed", plan, cases, wrap=ill)
+
+        def die(event: str, r: int, journal: Path = made.folder / "journal.jsonl") -> None:
+            if event == "fold" and '"memory"' in journal.read_text():
+                raise Killed("after a failure")
+
+        with pytest.raises(Killed, match="after a failure"):
+            made.train(die)
+        made.wrap = lambda site, name: site  # it is well again
+        made.train()
+        assert made.ending() == undisturbed.ending(), (name, epoch)
+
+
 # ---- SCAFFOLD: c stays the mean of all cᵢ, whatever becomes of an attempt
 
 
@@ -173,3 +210,22 @@ def test_a_site_that_always_kept_its_last_answer_would_break_it(tmp_path: Path) 
     ours, theirs = controls(run, tmp_path)
     assert (ours - theirs).abs().max() < 1e-6
     assert (ours - wrong).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["scaffold", "ditto"])
+def test_a_run_that_falls_back_before_its_first_round_ends_alike(name: str, tmp_path: Path) -> None:
+    plan, cases = toy_plan(name, federation={"rounds": 2}), toy_cases(2, 2)
+    undisturbed = Toys(tmp_path / "whole", plan, cases)
+    undisturbed.train()
+    made = Toys(tmp_path / "killed", plan, cases)
+
+    def die(event: str, r: int) -> None:
+        if event == "evaluate":  # the sites have been told that round 1 counted
+            raise Killed("after round 1")
+
+    with pytest.raises(Killed, match="after round 1"):
+        made.train(die)
+    damaged = made.folder / "checkpoints" / "round-0001" / "state.json"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    made.train()
+    assert made.ending() == undisturbed.ending()
