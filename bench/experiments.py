@@ -33,7 +33,7 @@ def measure(name: str, data: Path) -> str:
         }
     )
     simulate(settings)
-    figure(run, examples(run), PROJECT / "docs" / f"{name}.png")
+    figure(run, examples(run), run / "figure.png")  # stays with the run: its slices are patients
     timing = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
     seconds = sum(part for line in timing for key, part in line.items() if key != "round")
     made = results(records(run))
@@ -45,7 +45,6 @@ def measure(name: str, data: Path) -> str:
             f"{made.title}; patients in brackets. {settings.plan.federation.rounds} rounds of "
             f"{settings.plan.local.steps} steps; training and evaluation of the federated model took "
             f"{seconds / 60:.1f} minutes.",
-            f"![slices and curves]({name}.png)",
         )
     )
 
