@@ -63,7 +63,7 @@ def from_manifest(root: Path, name: str, columns: Columns) -> list[Found]:
         case = _row(root, row, columns)
         if case.source in found:
             fault = Faulty(Reason.DUPLICATE, f"line {number} of the manifest repeats an image")
-            case = replace(case, source=f"{case.source} (line {number})", fault=fault)
+            case = replace(case, source=f"{case.source} (line {number})", fault=case.fault or fault)
         found[case.source] = case
     sites = site_names(case.site for case in found.values() if case.site)
     return [replace(case, site=sites[case.site]) if case.site else case for case in found.values()]
