@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +97,8 @@ class Sum:
 
     def start(self, spec: Spec, place: Callable[[int], Tensor] | None = None) -> Partial:
         """An empty sum; `place(n)` gives n zeroed int64 (shared memory, say)."""
-        zeros = place or (lambda n: torch.zeros(n, dtype=torch.int64))
+        # numpy's zeros take no memory before they are touched; torch's do
+        zeros = place or (lambda n: torch.from_numpy(np.zeros(n, dtype=np.int64)))
         return Partial(ring=zeros(spec.size))
 
     def add(
@@ -120,12 +122,15 @@ class Sum:
         partial.sites[site] = epoch
 
     def merge(self, into: Partial, other: Partial) -> None:
-        """Add `other` to `into`."""
+        """Add `other` to `into`; `other` is used up."""
         if into.ring is None or other.ring is None:
             raise ValueError("cannot merge a sum with a collection")
         if into.adds + other.adds > MAX_ADDS:
             raise ValueError(f"a sum has room for {MAX_ADDS} answers")
-        into.ring += other.ring
+        if into.adds:
+            into.ring += other.ring
+        else:
+            into.ring = other.ring
         into._join(other)
 
     def finish(self, partial: Partial, spec: Spec) -> Total:
