@@ -159,6 +159,7 @@ class Cache:
         path = self._path(digest)
         if not path.exists() or path.stat().st_size != len(blob):
             with no_space(path.parent, "ingest again"):
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # patients: for their owner only
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, blob)
         return digest
@@ -168,7 +169,7 @@ class Cache:
         records = {s: _plain(r) for s, r in sorted(index.records.items())}
         data = {"version": VERSION, "tree": index.tree, "records": records}
         with no_space(self.folder, "ingest again"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomic(self.folder / "index.json", _canonical(data).encode())
         self.__dict__.pop("entries", None)
         self.__dict__["index"] = index

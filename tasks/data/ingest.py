@@ -107,7 +107,7 @@ def patient_key(path: Path) -> bytes:
     Raises:
         Stop: (`CONFIG`) the file is shorter than 32 bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
