@@ -105,9 +105,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_repeated_instruction_gets_the_same_bytes_and_trains_nothing(
-    name: str, tmp_path: Path, steps: list[int]
+    name: str, ram: Path, steps: list[int]
 ) -> None:
-    desk = Desk(tmp_path, toy_plan(name))
+    desk = Desk(ram, toy_plan(name))
     stage = "train/0" if name == "cyclic" else "train"
     first = blob(desk.ask(desk.asked(stage)))
     assert len(steps) == (8 if name == "ditto" else 4)
@@ -129,10 +129,8 @@ def test_a_repeated_instruction_gets_the_same_bytes_and_trains_nothing(
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
-def test_another_instruction_under_the_same_key_is_refused(
-    name: str, tmp_path: Path, steps: list[int]
-) -> None:
-    desk = Desk(tmp_path, toy_plan(name))
+def test_another_instruction_under_the_same_key_is_refused(name: str, ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram, toy_plan(name))
     first = blob(desk.ask())
     steps.clear()
     for change in ({"own": {"x": 1}}, {"common": "0" * 64}, {"settled": (0, 0)}):
@@ -148,8 +146,8 @@ def test_another_instruction_under_the_same_key_is_refused(
     assert len(steps) == 4 * len(keys)
 
 
-def test_an_evaluation_is_answered_from_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_an_evaluation_is_answered_from_memory_too(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(ram, toy_plan())
     asked = desk.asked("evaluate/federated/val")
     first = blob(desk.ask(asked, kind="federated", split="val"))
     monkeypatch.setattr(Quadratic, "score", None)
@@ -158,8 +156,8 @@ def test_an_evaluation_is_answered_from_memory_too(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
-def test_a_simulated_site_keeps_no_reply(name: str, tmp_path: Path, steps: list[int]) -> None:
-    desk = Desk(tmp_path, toy_plan(name), durable=False)
+def test_a_simulated_site_keeps_no_reply(name: str, ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram, toy_plan(name), durable=False)
     first = blob(desk.ask())
     assert len(steps) == 4
     assert blob(desk.ask()) == first  # trained again, from the same state
@@ -167,18 +165,16 @@ def test_a_simulated_site_keeps_no_reply(name: str, tmp_path: Path, steps: list[
     assert len(desk.files()) == (name == "scaffold")
 
 
-def test_replies_older_than_the_settled_round_are_dropped(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_replies_older_than_the_settled_round_are_dropped(ram: Path) -> None:
+    desk = Desk(ram, toy_plan())
     for r in range(1, 6):
         blob(desk.ask(desk.asked(round=r, settled=(r - 1, 0) if r > 1 else None)))
     assert sorted(name[:12] for name in desk.files()) == ["reply-000004", "reply-000005"]
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
-def test_a_record_cut_anywhere_never_gives_a_wrong_answer(
-    name: str, tmp_path: Path, steps: list[int]
-) -> None:
-    desk = Desk(tmp_path, toy_plan(name))
+def test_a_record_cut_anywhere_never_gives_a_wrong_answer(name: str, ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram, toy_plan(name))
     first = blob(desk.ask())
     (path,) = (desk.site.folder / "memory" / "run").iterdir()
     whole = path.read_bytes()
@@ -196,8 +192,8 @@ def test_a_record_cut_anywhere_never_gives_a_wrong_answer(
 # ---- refusals
 
 
-def test_codes_of_whoever_is_meant(tmp_path: Path, steps: list[int]) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_codes_of_whoever_is_meant(ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram, toy_plan())
     assert code(desk.ask(desk.asked(site="site_1"))) == "addressee"
     assert code(desk.ask(desk.asked(code="0" * 64))) == "code"
     assert code(desk.ask(desk.asked(plan="0" * 64))) == "plan"
@@ -208,20 +204,20 @@ def test_codes_of_whoever_is_meant(tmp_path: Path, steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize("run", ["", "..", "../out", "/tmp/out", "a/b", "a.b", "x" * 65, "a\0b", "run\n"])
-def test_a_runs_name_cannot_lead_out_of_the_sites_folder(run: str, tmp_path: Path, steps: list[int]) -> None:
-    desk = Desk(tmp_path / "here", toy_plan("scaffold"))
-    before = sorted(tmp_path.rglob("*.safetensors"))
+def test_a_runs_name_cannot_lead_out_of_the_sites_folder(run: str, ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram / "here", toy_plan("scaffold"))
+    before = sorted(ram.rglob("*.safetensors"))
     assert code(desk.ask(desk.asked(run=run))) == "payload"
     assert steps == []
-    assert sorted(tmp_path.rglob("*.safetensors")) == before
+    assert sorted(ram.rglob("*.safetensors")) == before
 
 
-def test_a_plan_is_taken_only_from_the_folder_of_accepted_ones(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, toy_plan())
-    (tmp_path / "sites" / "other.json").write_text(desk.plan.canonical())
+def test_a_plan_is_taken_only_from_the_folder_of_accepted_ones(ram: Path) -> None:
+    desk = Desk(ram, toy_plan())
+    (ram / "sites" / "other.json").write_text(desk.plan.canonical())
     desk.restart()
     assert code(desk.ask(desk.asked(plan="../other"))) == "plan"
-    assert code(desk.ask(desk.asked(plan=str(tmp_path / "sites" / "other")))) == "plan"
+    assert code(desk.ask(desk.asked(plan=str(ram / "sites" / "other")))) == "plan"
     blob(desk.ask())  # a process that starts later knows what was accepted
 
 
@@ -257,24 +253,24 @@ PLANS: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_a_plan_is_refused(case: str, tmp_path: Path) -> None:
+def test_a_plan_is_refused(case: str, ram: Path) -> None:
     text, wanted = PLANS[case]
-    desk = Desk(tmp_path, toy_plan())
+    desk = Desk(ram, toy_plan())
     desk.policy = Policy(tasks=("quadratic", "poker"), models=("none",), minimum_cell=1)
     desk.restart()
     digest = hashlib.sha256(str(text).encode()).hexdigest()
     assert code(desk.propose(text, digest)) == wanted
     assert code(desk.ask(desk.asked(plan=digest))) == "plan"
-    assert len(list((tmp_path / "sites" / "plans").iterdir())) == 1
+    assert len(list((ram / "sites" / "plans").iterdir())) == 1
 
 
-def test_a_plan_under_another_digest_is_refused(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_a_plan_under_another_digest_is_refused(ram: Path) -> None:
+    desk = Desk(ram, toy_plan())
     assert code(desk.propose(toy_plan("fedprox").canonical())) == "plan"
 
 
-def test_a_policy_that_was_narrowed_later_rules_accepted_plans_too(tmp_path: Path, steps: list[int]) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_a_policy_that_was_narrowed_later_rules_accepted_plans_too(ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram, toy_plan())
     for policy in (Policy(tasks=("segmentation",)), Policy(models=())):
         desk.policy = policy
         desk.restart()
@@ -283,10 +279,10 @@ def test_a_policy_that_was_narrowed_later_rules_accepted_plans_too(tmp_path: Pat
 
 
 @pytest.mark.parametrize("cell", [1, 3, 4])
-def test_statistics_leave_only_over_enough_patients(cell: int, tmp_path: Path) -> None:
+def test_statistics_leave_only_over_enough_patients(cell: int, ram: Path) -> None:
     cases = toy_cases(1, 3)
     cases["site_0"]["val"] = cases["site_0"]["val"][:1]
-    desk = Desk(tmp_path, toy_plan(), policy=Policy(minimum_cell=cell), cases=cases)
+    desk = Desk(ram, toy_plan(), policy=Policy(minimum_cell=cell), cases=cases)
     trivial = desk.ask(desk.asked("trivial/constant"))
     val = desk.ask(desk.asked("evaluate/federated/val"), kind="federated", split="val")
     outcomes = [reply.body.code if isinstance(reply.body, Failure) else "" for reply in (trivial, val)]
@@ -295,8 +291,8 @@ def test_statistics_leave_only_over_enough_patients(cell: int, tmp_path: Path) -
     assert code(unknown) == "data"
 
 
-def test_statistics_may_stay_home_altogether(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, toy_plan(), policy=Policy(statistics="none", minimum_cell=1))
+def test_statistics_may_stay_home_altogether(ram: Path) -> None:
+    desk = Desk(ram, toy_plan(), policy=Policy(statistics="none", minimum_cell=1))
     assert code(desk.ask(desk.asked("trivial/constant"))) == "policy"
     for kind in ("federated", "trivial", "given"):
         down: Tree = {"kind": kind, "split": "val", "name": "constant", "sums": {}}
@@ -304,8 +300,8 @@ def test_statistics_may_stay_home_altogether(tmp_path: Path) -> None:
     blob(desk.ask())  # training is another matter
 
 
-def test_stages_that_nobody_knows(tmp_path: Path, steps: list[int]) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_stages_that_nobody_knows(ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram, toy_plan())
     for stage in ("", "unmask", "trivial/horoscope", "trivial", "Train"):
         assert code(desk.ask(desk.asked(stage))) == "stage"
     for kind in ("personal", "palm"):  # FedAvg makes no personal model
@@ -313,8 +309,8 @@ def test_stages_that_nobody_knows(tmp_path: Path, steps: list[int]) -> None:
     assert steps == []
 
 
-def test_state_that_is_lost_or_unknown_to_the_coordinator(tmp_path: Path, steps: list[int]) -> None:
-    desk = Desk(tmp_path, toy_plan("scaffold"))
+def test_state_that_is_lost_or_unknown_to_the_coordinator(ram: Path, steps: list[int]) -> None:
+    desk = Desk(ram, toy_plan("scaffold"))
     assert code(desk.ask(desk.asked(round=5, settled=(4, 0)))) == "lost"
     for r in (1, 2, 3):
         blob(desk.ask(desk.asked(round=r, settled=(r - 1, 0) if r > 1 else None)))
@@ -325,10 +321,10 @@ def test_state_that_is_lost_or_unknown_to_the_coordinator(tmp_path: Path, steps:
     blob(desk.ask(desk.asked(round=4, settled=(3, 0))))  # the refusals changed nothing
 
 
-def test_a_site_without_training_patients_says_so(tmp_path: Path) -> None:
+def test_a_site_without_training_patients_says_so(ram: Path) -> None:
     cases = toy_cases(1, 3)
     cases["site_0"]["train"] = []
-    assert code(Desk(tmp_path, toy_plan(), cases=cases).ask()) == "data"
+    assert code(Desk(ram, toy_plan(), cases=cases).ask()) == "data"
 
 
 # ---- nothing else leaves
@@ -357,10 +353,10 @@ def raised() -> dict[str, tuple[BaseException, str]]:
 @pytest.mark.parametrize("where", ["batch", "load", "score"])
 @pytest.mark.parametrize("kind", raised())
 def test_nothing_of_an_exception_leaves_but_its_code(
-    kind: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, where: str, ram: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error, wanted = raised()[kind]
-    desk = Desk(tmp_path, toy_plan())
+    desk = Desk(ram, toy_plan())
 
     def fail(*_: object) -> Any:
         raise error
@@ -377,7 +373,7 @@ def test_nothing_of_an_exception_leaves_but_its_code(
     assert code(reply) == wanted
     assert isinstance(reply.body, Failure)
     sent = pack(reply.to_tree())
-    for part in (CANARY, "Mustermann", "ct.dcm", str(tmp_path), "Traceback"):
+    for part in (CANARY, "Mustermann", "ct.dcm", str(ram), "Traceback"):
         assert part.encode() not in sent
     (incident,) = desk.incidents()
     assert incident["incident"] == reply.body.incident
@@ -388,15 +384,15 @@ def test_nothing_of_an_exception_leaves_but_its_code(
         accepted(Reply.from_tree(reply.to_tree()), "site_0", desk.strategy.spec(desk.study, "train"))
 
 
-def test_a_log_that_cannot_be_written_does_not_hide_the_code(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, toy_plan())
-    desk.site = replace(desk.site, folder=tmp_path / "file")
-    (tmp_path / "file").write_text("in the way")
+def test_a_log_that_cannot_be_written_does_not_hide_the_code(ram: Path) -> None:
+    desk = Desk(ram, toy_plan())
+    desk.site = replace(desk.site, folder=ram / "file")
+    (ram / "file").write_text("in the way")
     assert code(desk.ask(desk.asked(code="0"))) == "code"
 
 
-def test_a_reply_that_cannot_be_kept_does_not_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_a_reply_that_cannot_be_kept_does_not_leave(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(ram, toy_plan())
 
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, "no space left on device", str(path))
@@ -438,10 +434,10 @@ EGRESS: dict[str, tuple[Callable[[Update], Update], str]] = {
 
 @pytest.mark.parametrize("case", EGRESS)
 def test_an_answer_of_another_form_than_the_plans_does_not_leave(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, ram: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil, wanted = EGRESS[case]
-    desk = Desk(tmp_path, toy_plan())
+    desk = Desk(ram, toy_plan())
     true = FedAvg.report
     with monkeypatch.context() as patch:
         patch.setattr(FedAvg, "report", lambda *given: spoil(true(*given)))
@@ -450,8 +446,8 @@ def test_an_answer_of_another_form_than_the_plans_does_not_leave(
     blob(desk.ask())  # and nothing was remembered of it
 
 
-def test_a_diverging_loss_is_capped_and_one_that_is_nan_is_refused(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, toy_plan())
+def test_a_diverging_loss_is_capped_and_one_that_is_nan_is_refused(ram: Path) -> None:
+    desk = Desk(ram, toy_plan())
     weights = {"w": torch.full((3,), 1e4)}
     reply = desk.ask(model=weights)
     assert code(reply) == "range"  # the change itself is too large, whatever the loss

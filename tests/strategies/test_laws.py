@@ -61,9 +61,9 @@ def alike(sites: int = 3, patients: int = 5) -> Cases:
 # ---- FedAvg
 
 
-def test_fedavg_with_one_full_batch_step_is_pooled_sgd(tmp_path: Path) -> None:
+def test_fedavg_with_one_full_batch_step_is_pooled_sgd(ram: Path) -> None:
     cases = toy_cases(3, 2)  # 2, 3 and 4 patients
-    got = point(train(tmp_path, "fedavg", cases, local={**FULL, "steps": 1}, federation={"rounds": 6}))
+    got = point(train(ram, "fedavg", cases, local={**FULL, "steps": 1}, federation={"rounds": 6}))
     a, t = (np.concatenate(parts) for parts in zip(*(arrays(cases, site) for site in cases), strict=True))
     w = np.zeros(3)
     for _ in range(6):
@@ -71,11 +71,11 @@ def test_fedavg_with_one_full_batch_step_is_pooled_sgd(tmp_path: Path) -> None:
     assert np.abs(got - w).max() < 1e-6
 
 
-def test_that_holds_for_a_network_too(tmp_path: Path) -> None:
+def test_that_holds_for_a_network_too(ram: Path) -> None:
     cases = toy_cases(3, 2)
     local, toy = {**FULL, "steps": 1}, {"norm": False}
     plan = toy_plan("fedavg", task="tiny_net", local=local, federation={"rounds": 4}, toy=toy)
-    with Toys(tmp_path, plan, cases).opened() as run:
+    with Toys(ram, plan, cases).opened() as run:
         got = run.train(evaluate=False).model
     model = Study.of(plan).task.build_model()
     model.load_state_dict(Study.of(plan).initial)
@@ -94,7 +94,7 @@ def test_that_holds_for_a_network_too(tmp_path: Path) -> None:
 MANY = {"rounds": 22}
 
 
-def test_scaffold_reaches_the_optimum_where_fedavg_stays_at_its_biased_fixed_point(tmp_path: Path) -> None:
+def test_scaffold_reaches_the_optimum_where_fedavg_stays_at_its_biased_fixed_point(ram: Path) -> None:
     cases, local = alike(), {**FULL, "steps": 10}
     a, t = curvature(cases)
     optimum = (a * t).sum(0) / a.sum(0)
@@ -103,20 +103,20 @@ def test_scaffold_reaches_the_optimum_where_fedavg_stays_at_its_biased_fixed_poi
     s = 1 - (1 - 0.1 * a) ** 10
     biased = (s * t).sum(0) / s.sum(0)
     assert np.abs(optimum - biased).max() > 0.1
-    scaffold = point(train(tmp_path / "scaffold", "scaffold", cases, local=local, federation=MANY))
-    fedavg = point(train(tmp_path / "fedavg", "fedavg", cases, local=local, federation=MANY))
+    scaffold = point(train(ram / "scaffold", "scaffold", cases, local=local, federation=MANY))
+    fedavg = point(train(ram / "fedavg", "fedavg", cases, local=local, federation=MANY))
     assert np.abs(scaffold - optimum).max() < 1e-5
     assert np.abs(fedavg - biased).max() < 1e-5
 
 
-def test_scaffolds_optimum_is_that_of_the_sites_mean_loss_whatever_their_sizes(tmp_path: Path) -> None:
+def test_scaffolds_optimum_is_that_of_the_sites_mean_loss_whatever_their_sizes(ram: Path) -> None:
     cases = toy_cases(3, 2)  # 2, 3 and 4 patients
     a, t = curvature(cases)
-    got = point(train(tmp_path, "scaffold", cases, local={**FULL, "steps": 10}, federation=MANY))
+    got = point(train(ram, "scaffold", cases, local={**FULL, "steps": 10}, federation=MANY))
     assert np.abs(got - (a * t).sum(0) / a.sum(0)).max() < 1e-5
 
 
-def test_fedprox_is_pulled_to_the_rounds_model(tmp_path: Path) -> None:
+def test_fedprox_is_pulled_to_the_rounds_model(ram: Path) -> None:
     cases, mu = toy_cases(3, 2), 0.7
     a, t = curvature(cases)
     sizes = np.array([[len(cases[site]["train"])] for site in cases])
@@ -126,18 +126,18 @@ def test_fedprox_is_pulled_to_the_rounds_model(tmp_path: Path) -> None:
         # the local loss is ½ A (y - T)² + ½ μ (y - w)²
         centre = (a * t + mu * w) / (a + mu)
         w = w + (sizes * (1 - (1 - 0.1 * (a + mu)) ** 4) * (centre - w)).sum(0) / sizes.sum()
-    assert np.abs(point(train(tmp_path, "fedprox", cases, **sections)) - w).max() < 1e-6
+    assert np.abs(point(train(ram, "fedprox", cases, **sections)) - w).max() < 1e-6
 
 
 # ---- Ditto
 
 
-def test_dittos_personal_model_follows_its_closed_form(tmp_path: Path) -> None:
+def test_dittos_personal_model_follows_its_closed_form(ram: Path) -> None:
     cases, lam = toy_cases(2, 2), 0.5
     a, t = curvature(cases)
     sizes = np.array([[2.0], [3.0]])
     with Toys(
-        tmp_path,
+        ram,
         toy_plan("ditto", local={**FULL, "steps": 3}, federation={"rounds": 2}, strategy={"lam": lam}),
         cases,
     ).opened() as run:
@@ -160,14 +160,14 @@ def test_dittos_personal_model_follows_its_closed_form(tmp_path: Path) -> None:
 # ---- FedAdam
 
 
-def test_one_round_of_fedadam(tmp_path: Path) -> None:
+def test_one_round_of_fedadam(ram: Path) -> None:
     cases = toy_cases(3, 2)
     a, t = curvature(cases)
     sizes = np.array([[len(cases[site]["train"])] for site in cases])
     delta = (sizes * (1 - (1 - 0.1 * a) ** 4) * t).sum(0) / sizes.sum()
     settings = {"lr": 0.3, "beta1": 0.8, "beta2": 0.9, "tau": 0.05}
     got = train(
-        tmp_path, "fedadam", cases, local={**FULL, "steps": 4}, federation={"rounds": 1}, strategy=settings
+        ram, "fedadam", cases, local={**FULL, "steps": 4}, federation={"rounds": 1}, strategy=settings
     )
     m, v = 0.2 * delta, 0.9 * 0.05**2 + 0.1 * delta**2
     assert np.abs(point(got) - 0.3 * m / (np.sqrt(v) + 0.05)).max() < 1e-6
@@ -175,10 +175,10 @@ def test_one_round_of_fedadam(tmp_path: Path) -> None:
     assert np.abs(got.state["v"]["w"].numpy() - v).max() < 1e-6
 
 
-def test_fedadam_takes_running_statistics_by_their_plain_mean(tmp_path: Path) -> None:
+def test_fedadam_takes_running_statistics_by_their_plain_mean(ram: Path) -> None:
     sections = {"task": "tiny_net", "federation": {"rounds": 1}}
-    adam = train(tmp_path / "adam", "fedadam", toy_cases(), **sections)
-    mean = train(tmp_path / "mean", "fedavg", toy_cases(), **sections)
+    adam = train(ram / "adam", "fedadam", toy_cases(), **sections)
+    mean = train(ram / "mean", "fedavg", toy_cases(), **sections)
     for name, tensor in mean.model.items():
         assert adam.model[name].equal(tensor) == ("running" in name), name
     assert not any("running" in name for name in adam.state["m"])
@@ -198,7 +198,7 @@ class Broken:
 
 @pytest.mark.parametrize("broken", [None, "site_1"])
 def test_cyclic_transfer_visits_the_sites_in_order_and_passes_over_one_that_fails(
-    tmp_path: Path, broken: str | None
+    ram: Path, broken: str | None
 ) -> None:
     cases = toy_cases(3, 2)
     a, t = curvature(cases)
@@ -207,7 +207,7 @@ def test_cyclic_transfer_visits_the_sites_in_order_and_passes_over_one_that_fail
     def wrap(site: Handler, name: str) -> Handler:
         return Broken() if name == broken else site
 
-    with Toys(tmp_path, plan, cases, wrap=wrap).opened() as run:
+    with Toys(ram, plan, cases, wrap=wrap).opened() as run:
         got = point(run.train(evaluate=False))
     w = np.zeros(3)
     for _ in range(2):
@@ -248,18 +248,18 @@ Said = tuple[int, Instruction, Tree, Array, int]
 
 
 @pytest.mark.parametrize("sites", [3, 4])
-def test_the_median_is_numpys_of_what_the_sites_said(tmp_path: Path, sites: int) -> None:
-    folded, models = recorded(tmp_path, "median", toy_cases(sites, 3))
+def test_the_median_is_numpys_of_what_the_sites_said(ram: Path, sites: int) -> None:
+    folded, models = recorded(ram, "median", toy_cases(sites, 3))
     for r, said in groupby(folded, lambda one: one[0]):
         deltas = np.stack([delta for _, _, _, delta, _ in said])
         assert len(deltas) == sites
         assert np.abs(models[r] - models[r - 1] - np.median(deltas, axis=0)).max() < 1e-6
 
 
-def test_fedbuff_counts_answers_by_their_age_as_a_simulation_by_hand_does(tmp_path: Path) -> None:
+def test_fedbuff_counts_answers_by_their_age_as_a_simulation_by_hand_does(ram: Path) -> None:
     cases, rounds, buffer, power, seed = toy_cases(5, 2), 6, 2, 0.5, 7
     folded, models = recorded(
-        tmp_path,
+        ram,
         "fedbuff",
         cases,
         federation={"rounds": rounds},

@@ -49,15 +49,15 @@ REDUCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", REDUCTIONS)
-def test_it_is_fedavg_to_the_bit(case: str, tmp_path: Path) -> None:
+def test_it_is_fedavg_to_the_bit(case: str, ram: Path) -> None:
     name, sections = REDUCTIONS[case]
     cases = toy_cases(4, 2)
-    other = train(tmp_path / "other", plan(name, **sections), cases)
-    fedavg = train(tmp_path / "fedavg", plan("fedavg", **{**sections, "strategy": {}}), cases)
+    other = train(ram / "other", plan(name, **sections), cases)
+    fedavg = train(ram / "fedavg", plan("fedavg", **{**sections, "strategy": {}}), cases)
     assert pack(other.model) == pack(fedavg.model)
 
 
-def test_the_median_of_identical_sites_is_fedavg_to_the_bit(tmp_path: Path) -> None:
+def test_the_median_of_identical_sites_is_fedavg_to_the_bit(ram: Path) -> None:
     # eighths and halves: no step rounds, so the mean of equal changes is that change
     splits = {
         split: [toy_case(split, torch.tensor([1.0, 0.5, 2.0]), torch.tensor([0.25, -3.0, 1.5]))]
@@ -66,17 +66,17 @@ def test_the_median_of_identical_sites_is_fedavg_to_the_bit(tmp_path: Path) -> N
     cases = dict.fromkeys(("a", "b", "c"), splits)
     local, federation = {"lr": 0.5, "steps": 2}, {"rounds": 2}
     models = [
-        train(tmp_path / name, toy_plan(name, local=local, federation=federation), cases).model
+        train(ram / name, toy_plan(name, local=local, federation=federation), cases).model
         for name in ("median", "fedavg")
     ]
     assert models[0]["w"].tolist() != [0.0, 0.0, 0.0]
     assert pack(models[0]) == pack(models[1])
 
 
-def test_other_strategies_are_not_fedavg(tmp_path: Path) -> None:
+def test_other_strategies_are_not_fedavg(ram: Path) -> None:
     """The reductions above would say nothing if any two runs were alike."""
     cases = toy_cases(4, 2)
-    models = {name: pack(train(tmp_path / name, plan(name), cases).model) for name in STRATEGIES}
+    models = {name: pack(train(ram / name, plan(name), cases).model) for name in STRATEGIES}
     assert models.pop("ditto") == models["fedavg"]
     assert len(set(models.values())) == len(models)
 
@@ -85,11 +85,11 @@ def test_other_strategies_are_not_fedavg(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_results_depend_neither_on_workers_nor_on_the_run(name: str, tmp_path: Path) -> None:
+def test_results_depend_neither_on_workers_nor_on_the_run(name: str, ram: Path) -> None:
     cases = toy_cases(4, 2)
     endings = {}
     for workers in (1, 2, 3):
-        toys = Toys(tmp_path / str(workers), plan(name), cases, workers=workers, run_id=f"run{workers}")
+        toys = Toys(ram / str(workers), plan(name), cases, workers=workers, run_id=f"run{workers}")
         toys.train()
         endings[workers] = toys.ending()
         if workers == 1:
@@ -105,11 +105,11 @@ def test_results_depend_neither_on_workers_nor_on_the_run(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_evaluating_does_not_change_training(name: str, tmp_path: Path) -> None:
+def test_evaluating_does_not_change_training(name: str, ram: Path) -> None:
     cases = toy_cases(3, 2)
     often, never = (
         train(
-            tmp_path / str(every),
+            ram / str(every),
             plan(name, federation={"rounds": 2, "evaluate_every": every}),
             cases,
             evaluate=every > 0,

@@ -48,10 +48,10 @@ def raw(tensor: Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_only_what_the_spec_names_travels_and_no_integer_buffer_ever(name: str, tmp_path: Path) -> None:
+def test_only_what_the_spec_names_travels_and_no_integer_buffer_ever(name: str, ram: Path) -> None:
     said: list[tuple[Instruction, Tree, Reply]] = []
     plan = network(name)
-    toys = Toys(tmp_path, plan, toy_cases(2, 2), wrap=lambda site, name: Recorder(site, said))
+    toys = Toys(ram, plan, toy_cases(2, 2), wrap=lambda site, name: Recorder(site, said))
     toys.train()
     assert COUNTER in Study.of(plan).task.build_model().state_dict()
     for _, common, reply in said:
@@ -62,7 +62,7 @@ def test_only_what_the_spec_names_travels_and_no_integer_buffer_ever(name: str, 
 
 
 @pytest.mark.parametrize(("name", "group"), [("fedbn", "private"), ("ditto", "personal")])
-def test_private_tensors_appear_in_no_byte_that_goes_up(name: str, group: str, tmp_path: Path) -> None:
+def test_private_tensors_appear_in_no_byte_that_goes_up(name: str, group: str, ram: Path) -> None:
     said: list[tuple[Instruction, Tree, Reply]] = []
     plan = network(name)
     private: dict[str, list[dict[str, Tensor]]] = {"site_0": [], "site_1": []}
@@ -70,9 +70,9 @@ def test_private_tensors_appear_in_no_byte_that_goes_up(name: str, group: str, t
     def watch(event: str, r: int) -> None:
         if event == "checkpoint":  # whatever the sites hold now: settled, tentative, all generations
             for site in private:
-                private[site] += [state[group] for state in states(tmp_path, site).values()]
+                private[site] += [state[group] for state in states(ram, site).values()]
 
-    Toys(tmp_path, plan, toy_cases(2, 2), wrap=lambda site, name: Recorder(site, said)).train(watch)
+    Toys(ram, plan, toy_cases(2, 2), wrap=lambda site, name: Recorder(site, said)).train(watch)
     initial = Study.of(plan).initial
     kept = NORMS if name == "fedbn" else set(initial)
     up = b"".join(pack(reply.to_tree()) for _, _, reply in said)
@@ -106,15 +106,15 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(("sites", "buffer"), [(4, 2), (2, 2)])
 def test_an_asynchronous_job_that_failed_is_not_done_again_after_an_interruption(
-    sites: int, buffer: int, tmp_path: Path
+    sites: int, buffer: int, ram: Path
 ) -> None:
     plan = toy_plan("fedbuff", strategy={"buffer": buffer}, federation={"rounds": 3}, local={"steps": 1})
     cases = toy_cases(sites, 2)
     said: list[tuple[Instruction, Tree, Reply]] = []
-    Toys(tmp_path / "asked", plan, cases, wrap=lambda site, name: Recorder(site, said)).train()
+    Toys(ram / "asked", plan, cases, wrap=lambda site, name: Recorder(site, said)).train()
     jobs = [(i.site, i.epoch) for i, _, _ in said if i.stage == "train" and i.round == 1]
     for name, epoch in jobs:
-        folder = tmp_path / f"{name}-{epoch[0]}"
+        folder = ram / f"{name}-{epoch[0]}"
 
         def ill(site: Handler, other: str, name: str = name, epoch: tuple[int, int] = epoch) -> Handler:
             return Faulty(site, set(), {epoch} if other == name else set())
@@ -179,17 +179,15 @@ def controls(run: Run, folder: Path) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", SPOILT)
 @pytest.mark.parametrize("durable", [False, True])
-def test_scaffolds_control_is_the_mean_of_the_sites_controls(
-    case: str, durable: bool, tmp_path: Path
-) -> None:
+def test_scaffolds_control_is_the_mean_of_the_sites_controls(case: str, durable: bool, ram: Path) -> None:
     spoil, fail, least = SPOILT[case]
     plan = toy_plan("scaffold", federation={"rounds": 4, "min_replies": least})
-    toys = Toys(tmp_path, plan, toy_cases(3, 2), durable=durable)
+    toys = Toys(ram, plan, toy_cases(3, 2), durable=durable)
     toys.wrap = lambda site, name: Faulty(site, spoil.get(name, set()), fail.get(name, set()))
 
     def watch(event: str, r: int) -> None:
         if event == "checkpoint":
-            ours, theirs = controls(run, tmp_path)
+            ours, theirs = controls(run, ram)
             assert (ours - theirs).abs().max() < 1e-6, r
             assert ours.abs().max() > 0.01
 
@@ -199,25 +197,25 @@ def test_scaffolds_control_is_the_mean_of_the_sites_controls(
     assert attempts <= {0, 1, 2}
 
 
-def test_a_site_that_always_kept_its_last_answer_would_break_it(tmp_path: Path) -> None:
+def test_a_site_that_always_kept_its_last_answer_would_break_it(ram: Path) -> None:
     """The oracle of the law above: with the quarantined site's tentative state the means differ."""
     plan = toy_plan("scaffold", federation={"rounds": 2})
-    toys = Toys(tmp_path, plan, toy_cases(3, 2))
+    toys = Toys(ram, plan, toy_cases(3, 2))
     toys.wrap = lambda site, name: Faulty(site, {(2, 0)} if name == "site_1" else set(), set())
     with toys.opened() as run:
         run.train(evaluate=False)
-    wrong = torch.stack([states(tmp_path, site)[2, 0]["control"]["w"] for site in run.sites]).mean(0)
-    ours, theirs = controls(run, tmp_path)
+    wrong = torch.stack([states(ram, site)[2, 0]["control"]["w"] for site in run.sites]).mean(0)
+    ours, theirs = controls(run, ram)
     assert (ours - theirs).abs().max() < 1e-6
     assert (ours - wrong).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["scaffold", "ditto"])
-def test_a_run_that_falls_back_before_its_first_round_ends_alike(name: str, tmp_path: Path) -> None:
+def test_a_run_that_falls_back_before_its_first_round_ends_alike(name: str, ram: Path) -> None:
     plan, cases = toy_plan(name, federation={"rounds": 2}), toy_cases(2, 2)
-    undisturbed = Toys(tmp_path / "whole", plan, cases)
+    undisturbed = Toys(ram / "whole", plan, cases)
     undisturbed.train()
-    made = Toys(tmp_path / "killed", plan, cases)
+    made = Toys(ram / "killed", plan, cases)
 
     def die(event: str, r: int) -> None:
         if event == "evaluate":  # the sites have been told that round 1 counted
