@@ -29,6 +29,8 @@ class Exit(IntEnum):
     DISK_FULL = 33
     TOO_FEW_REPLIES = 40
     SITE_REFUSED = 41
+    SITE_BUSY = 42
+    LINK = 43
     INTERRUPTED = 130
 
 
@@ -52,6 +54,8 @@ HELP: dict[Exit, str] = {
     Exit.DISK_FULL: "the disk is full; nothing was lost: free space and use wardround resume",
     Exit.TOO_FEW_REPLIES: "fewer valid replies than federation.min_replies; see journal.jsonl",
     Exit.SITE_REFUSED: "a site refused the plan; its code is in the message",
+    Exit.SITE_BUSY: "another trainer serves this site already; stop it first",
+    Exit.LINK: "SuperLink or a key to it is not what this process needs; the message says which",
     Exit.INTERRUPTED: "interrupted; wardround resume continues the run",
 }
 

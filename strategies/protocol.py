@@ -45,6 +45,7 @@ CODES: Mapping[str, str] = {
     "egress": "the answer did not have the form that the plan allows",
     "internal": "something else went wrong at the site; its own log has the detail",
     "deadline": "no answer before the deadline",
+    "cancelled": "the coordinator called the work off",
     "lost_site": "the site's process ended before it answered",
     # found by whoever checks a reply
     "form": "the reply is not of the promised form",
@@ -94,6 +95,27 @@ class Instruction:
         tree = dict(vars(self))
         tree["settled"] = None if self.settled is None else list(self.settled)
         return tree
+
+    @classmethod
+    def from_tree(cls, tree: Tree) -> Instruction:
+        """Read an instruction from outside, whatever it is.
+
+        Raises:
+            Refused: (`payload`).
+        """
+        words = ("run", "stage", "site", "plan", "code", "common")
+        match tree:
+            case {
+                "round": int(r),
+                "attempt": int(a),
+                "settled": None | [int(), int()] as settled,
+                "own": dict(own),
+            }:
+                texts = {name: tree.get(name) for name in words}
+                if len(tree) == 10 and min(r, a) >= 0 and all(type(t) is str for t in texts.values()):
+                    epoch = None if settled is None else (settled[0], settled[1])
+                    return cls(round=r, attempt=a, settled=epoch, own=own, **texts)  # type: ignore[arg-type]
+        raise Refused("payload", "no instruction")
 
     @property
     def digest(self) -> str:

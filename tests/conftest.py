@@ -27,10 +27,20 @@ def shared_data(name: str) -> Path:
     return root / name
 
 
-@pytest.fixture
-def ram() -> Iterator[Path]:
-    """A folder in memory, where the system has one: SIGKILL does not lose what a disk would have kept."""
+def _in_memory() -> Iterator[Path]:
     shm = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="wardround-test-", dir=shm if os.access(shm, os.W_OK) else None))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def ram() -> Iterator[Path]:
+    """A folder in memory, where the system has one: SIGKILL does not lose what a disk would have kept."""
+    yield from _in_memory()
+
+
+@pytest.fixture(scope="module")
+def module_ram() -> Iterator[Path]:
+    """The same for all tests of a file. (Its name is short: a Unix socket's path must be.)"""
+    yield from _in_memory()

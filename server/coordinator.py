@@ -1,0 +1,138 @@
+"""The coordinator: one process that takes Flower's ServerApp task itself and runs the round loop in it.
+
+Killed, it comes back with the task's token, continues the same Flower run, and from the run directory the
+same round: sites answer again what they have already answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from flwr.serverapp import Grid
+
+from conf.exits import Exit, Stop
+from conf.files import write_atomic
+from conf.schema import Plan
+from server.exchange.flower import FlowerExchange
+from server.link import Link, Post
+from server.rounds import Run
+from strategies import build_strategy
+from strategies.base import Study
+from strategies.code import code_digest
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """Where runs are kept, and who takes part.
+
+    Attributes:
+        runs: folder of run directories. sites: each site's name and its node's public key (PEM).
+        wait_s, lost_after_s: see `FlowerExchange`.
+    """
+
+    runs: Path
+    sites: dict[str, str]
+    wait_s: float = 20.0
+    lost_after_s: float = 300.0
+
+    def conduct(self, grid: Grid, name: str) -> None:
+        """Run the named run directory to its end.
+
+        Raises:
+            Stop: with the reason and its exit code.
+        """
+        if not _NAME.fullmatch(name):
+            raise Stop(Exit.NO_RUN, f"run is {name!r}; need the name of a directory in {self.runs}")
+        path = self.runs / name
+        try:
+            plan = Plan.model_validate_json((path / "plan.json").read_bytes())
+            about = json.loads((path / "run.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise Stop(Exit.NO_RUN, f"{path} is not a run directory ({type(error).__name__})") from None
+        if unknown := sorted(set(about["sites"]) - set(self.sites)):
+            raise Stop(Exit.CONFIG, f"run {name} names site {unknown[0]}; known: {', '.join(self.sites)}")
+        torch.set_num_threads(1)
+        keys = {site: self.sites[site] for site in about["sites"]}
+        exchange = FlowerExchange(
+            Post(grid, keys),
+            blobs=path / "blobs",
+            wait_s=self.wait_s,
+            lost_after_s=self.lost_after_s,
+        )
+        run = Run(
+            study=Study.of(plan),
+            strategy=build_strategy(plan),
+            sites=sorted(keys),
+            exchange=exchange,
+            folder=path,
+            id=about["id"],
+            code=code_digest(),
+            watch=lambda event, r: log.info("round %d of %d: %s", r, plan.federation.rounds, event),
+        )
+        for warning in run.warnings:
+            log.warning("%s", warning)
+        run.train()
+
+
+def prepare(path: Path, plan: Plan, sites: list[str]) -> None:
+    """Make the directory of a run: what the coordinator will read when its task comes.
+
+    Raises:
+        Stop: (`RUN_EXISTS`).
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise Stop(Exit.RUN_EXISTS, f"{path} exists; choose another name") from None
+    write_atomic(path / "plan.json", plan.canonical().encode())
+    about = {
+        "id": secrets.token_hex(16),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sites": sorted(sites),
+    }
+    write_atomic(path / "run.json", json.dumps(about).encode())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m server.coordinator --superlink HOST:PORT …`: take tasks until told to stop."""
+    parser = argparse.ArgumentParser(prog="server.coordinator", description="Conduct runs over SuperLink.")
+    parser.add_argument("--superlink", required=True, help="host:port")
+    parser.add_argument("--certificates", type=Path, required=True, help="of SuperLink's authority, PEM")
+    parser.add_argument("--secret", type=Path, required=True, help="the SuperExec secret's file")
+    parser.add_argument("--sites", type=Path, required=True, help="JSON: site name to public key, PEM")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of run directories")
+    parser.add_argument("--token", type=Path, required=True, help="file for the task's token")
+    parser.add_argument("--wait", type=float, default=20.0, help="seconds a site may hold a call")
+    parser.add_argument(
+        "--lost-after", type=float, default=300.0, help="seconds until a silent site has failed"
+    )
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    link = Link(asked.superlink, asked.certificates.read_bytes(), asked.secret.read_bytes())
+    sites = json.loads(asked.sites.read_text())
+    coordinator = Coordinator(asked.runs, sites, asked.wait, asked.lost_after)
+    while True:
+        try:
+            with link.task(asked.token) as (grid, settings):
+                coordinator.conduct(grid, str(settings.get("run", "")))
+        except Stop as stop:
+            if stop.exit is Exit.LINK:
+                raise
+            log.error("%s", stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""The coordinator's connection to SuperLink: all that this side uses of Flower's private parts.
+
+They were read and tested for one version, and change often: another version is refused at import. The
+loopback tests (`tests/federation/test_flower*.py`) show whether they still hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+from flwr.app import Message
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SubStatus
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+)
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.run_pb2 import Run as RunProto
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.constant import TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import http_retry
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from conf.exits import Exit, Stop
+from conf.files import sync_folder
+from server.exchange.flower import Courier, Node
+from strategies.letter import Answer, Call, Unreadable
+
+FLOWER = "1.41.0"
+if version("flwr") != FLOWER:
+    raise ImportError(f"flwr is {version('flwr')}; this adapter was read for {FLOWER}: install that one")
+
+# between tries while SuperLink is away; Flower waits up to 20 s
+http_retry.__dict__["MAX_RETRY_DELAY"] = 3
+
+log = logging.getLogger(__name__)
+
+
+class Post(Courier):
+    """A run's letters, through the grid of its ServerApp.
+
+    Args:
+        sites: the name of each site and the public key of its node (PEM), from the federation's own list.
+            What a node calls itself plays no part.
+    """
+
+    def __init__(self, grid: Grid, sites: Mapping[str, str]) -> None:
+        if not isinstance(grid, HttpGrid):
+            raise TypeError(f"needs Flower's HttpGrid; got {type(grid).__name__}")
+        self._grid = grid
+        self._names = {key.strip(): name for name, key in sites.items()}
+
+    def nodes(self) -> dict[str, Node]:
+        """Sites that are online."""
+        found: dict[str, Node] = {}
+        for info in self._grid.get_nodes():
+            name = self._names.get(info.public_key.decode("ascii", "replace").strip())
+            if name is not None:
+                found[name] = Node(info.node_id, info.last_activated_at)
+        return found
+
+    def send(self, calls: Mapping[int, Call], group: str) -> dict[str, int]:
+        """Post one call to each node; returns the number of its letter, where it was taken."""
+        nodes = list(calls)
+        messages = [
+            Message(calls[node].to_content(), dst_node_id=node, message_type="train", group_id=group)
+            for node in nodes
+        ]
+        ids = self._grid.push_messages(messages)
+        return {id: node for id, node in zip(ids, nodes, strict=False) if id}
+
+    def ready(self, ids: Iterable[str]) -> Iterator[tuple[str, Answer | None]]:
+        """Answers that are there, their objects fetched one answer at a time; None for one that is lost."""
+        client, run = self._grid._runtime_client, self._grid.run.run_id
+        fetch = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
+        waiting = client.PullMessages(PullAppMessagesRequest(message_ids=ids))
+        for head, tree in zip(waiting.messages_list, waiting.message_object_trees, strict=True):
+            asked = head.metadata.reply_to_message_id
+            try:
+                names = [part.object_id for part in iterate_object_tree(tree)]
+                contents = pull_objects(names, fetch, initial_backoff=0.05, backoff_cap=0.5)
+            except ObjectPullError:
+                yield asked, None
+                continue
+            client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(
+                    node=self._grid.node, run_id=run, message_object_id=head.metadata.message_id
+                )
+            )
+            yield asked, _answer(inflate_object_from_contents(head.metadata.message_id, contents))
+            del contents
+
+
+def _answer(message: object) -> Answer | None:
+    if not isinstance(message, Message) or message.has_error():
+        return None  # made by SuperLink: the node is gone, or its answer is
+    try:
+        return Answer.from_content(message.content)
+    except Unreadable:
+        return Answer("payload", "")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where SuperLink is, and what opens it.
+
+    Attributes:
+        address: host:port. certificates: of its authority, PEM. secret: the SuperExec secret, for tasks.
+    """
+
+    address: str
+    certificates: bytes
+    secret: bytes = b""
+
+    @contextmanager
+    def task(self, token: Path, pause_s: float = 0.5) -> Iterator[tuple[Grid, dict[str, object]]]:
+        """Take a run's ServerApp task, or go on with the one whose token is kept: its grid and settings.
+
+        The token is a file that only its owner can read. Whoever comes back with it within the task's
+        lease (60 s) continues the same run; it is removed when the task is over.
+        """
+        kept = _kept(token)
+        grid = HttpGrid(self.address, False, self.certificates, token=kept["token"]) if kept else None
+        if grid is not None and not self._valid(grid):
+            log.warning("the kept task is over; waiting for another")
+            grid.close()
+            token.unlink()
+            kept, grid = None, None
+        if kept is None or grid is None:
+            kept, grid = self._acquire(token, pause_s)
+        run = run_from_proto(RunProto.FromString(bytes.fromhex(kept["run"])))
+        grid.set_run(run)
+        # Flower's Message() asks for these
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.run_id, 1, int(kept["task"])
+        beat = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+        beat.start()
+        status, detail = SubStatus.FAILED, "interrupted"
+        over = True
+        try:
+            yield grid, dict(run.override_config)
+            status, detail = SubStatus.COMPLETED, ""
+        except RunNotRunningException:
+            status = ""
+        except Stop as stop:
+            detail = stop.exit.name
+            raise
+        except Exception:
+            detail = Exit.INTERNAL.name
+            raise
+        except BaseException:
+            over = False  # told to go: whoever comes back continues
+            raise
+        finally:
+            if over:
+                if status:
+                    request = PushTaskOutputRequest(sub_status=status, details=detail)
+                    grid._runtime_client.PushTaskOutput(request)
+                token.unlink(missing_ok=True)
+            if beat.is_running:
+                beat.stop()
+            grid.close()
+
+    def _acquire(self, token: Path, pause_s: float) -> tuple[dict[str, str], HttpGrid]:
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            SuperExecAuthHttpInterceptor(
+                master_secret=self.secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
+            ),
+        ]
+        client = RuntimeHttpClient.from_server_address(
+            self.address, False, self.certificates, interceptors=interceptors
+        )
+        request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+        try:
+            while True:
+                try:
+                    if given := client.AcquireTask(request).token:
+                        break
+                except httpx.TransportError:
+                    log.info("SuperLink is away")
+                except httpx.HTTPStatusError as error:
+                    if error.response.status_code in (401, 403):
+                        raise Stop(Exit.LINK, "SuperLink refuses the SuperExec secret") from None
+                time.sleep(pause_s)
+        finally:
+            client.close()
+        grid = HttpGrid(self.address, False, self.certificates, token=given)
+        task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+        kept = {"token": given, "run": task.run.SerializeToString().hex(), "task": str(task.task_id)}
+        _keep(token, kept)
+        return kept, grid
+
+    @staticmethod
+    def _valid(grid: HttpGrid) -> bool:
+        """Whether SuperLink still takes the task's token. (Flower's own client would end the process.)"""
+        invoker = grid._retry_invoker
+        give_up, invoker.should_giveup = invoker.should_giveup, _unless_away
+        try:
+            list(grid.get_nodes())
+        except (httpx.HTTPStatusError, RunNotRunningException):
+            return False
+        finally:
+            invoker.should_giveup = give_up
+        return True
+
+    @contextmanager
+    def control(self) -> Iterator[Control]:
+        """SuperLink's Control API. It asks for no credentials: SuperLink must listen on loopback only."""
+        client = ControlHttpClient.from_server_address(
+            self.address, insecure=False, root_certificates=self.certificates, interceptors=[]
+        )
+        try:
+            yield Control(client)
+        finally:
+            client.close()  # an idle TLS client would delay SuperLink's end by half a minute
+
+
+@dataclass(frozen=True)
+class Control:
+    """What an operator does at SuperLink."""
+
+    client: ControlHttpClient
+
+    def register(self, name: str, key: str) -> int:
+        """Let the node with this public key (PEM) in; returns its number."""
+        request = RegisterNodeRequest(public_key=key.encode(), name=name)
+        return int(self.client.RegisterNode(request).node_id)
+
+    def online(self) -> int:
+        """How many nodes are online."""
+        return sum(node.status == "online" for node in self.client.ListNodes(ListNodesRequest()).nodes_info)
+
+    def start(self, bundle: bytes, settings: Mapping[str, str]) -> int:
+        """Start a run; returns its number."""
+        fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
+        request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(settings)))
+        return int(self.client.StartRun(request).run_id)
+
+    def status(self, run: int) -> tuple[str, str, str]:
+        """Status, sub-status and detail of a run."""
+        (found,) = self.client.ListRuns(ListRunsRequest(run_id=run)).run_dict.values()
+        return found.status.status, found.status.sub_status, found.status.details
+
+    def stop(self, run: int) -> None:
+        """Stop a run."""
+        self.client.StopRun(StopRunRequest(run_id=run))
+
+
+#: A bundle without code: both ends run what they have installed. It only names the two apps.
+_BUNDLE = b"""\
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "wardround"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "wardround"
+
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "client.app:app"
+
+[tool.flwr.app.config]
+run = ""
+"""
+
+
+def bundle() -> bytes:
+    """The bundle that every run is started with: the same bytes each time."""
+    return build_fab_from_files({"pyproject.toml": _BUNDLE})[0]
+
+
+def _unless_away(error: Exception) -> bool:
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+
+
+def _kept(token: Path) -> dict[str, str] | None:
+    try:
+        kept: dict[str, str] = json.loads(token.read_text())
+    except (OSError, ValueError):
+        return None
+    return kept
+
+
+def _keep(token: Path, kept: dict[str, str]) -> None:
+    token.parent.mkdir(parents=True, exist_ok=True)
+    temporary = token.with_suffix(".part")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as file:
+        json.dump(kept, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(token)
+    sync_folder(token.parent)

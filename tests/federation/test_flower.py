@@ -1,0 +1,90 @@
+"""Runs over a real SuperLink, agents, trainers and coordinator: equal bytes, closed doors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.federation.loop import PROJECT, SITES, ToyLoop, locally, toy_loop
+from tests.toys import toy_plan
+
+pytestmark = pytest.mark.federation
+
+CANARY = "/data/CANARY^PATIENT/ct.dcm"
+
+
+@pytest.fixture(scope="module")
+def loop(module_ram: Path) -> Iterator[ToyLoop]:
+    with toy_loop(module_ram) as started:
+        yield started
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "median"])
+def test_same_bytes_as_in_one_process(loop: ToyLoop, strategy: str, ram: Path) -> None:
+    plan = toy_plan(strategy, federation={"rounds": 2})
+    run = loop.submit(strategy, plan)
+    assert loop.finish(run) == "completed"
+    assert loop.result(strategy) == locally(ram, plan)
+    for site in SITES:
+        assert loop.trained(site) == [1, 2]
+
+
+def test_the_agent_has_no_torch(loop: ToyLoop) -> None:
+    for site in SITES:
+        maps = Path(f"/proc/{loop.pid(f'agent-{site}')}/maps").read_text()
+        assert "python" in maps
+        assert "torch" not in maps
+    script = "import sys, client.agent, client.app; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=PROJECT)
+
+
+def test_the_trainer_has_a_private_door_and_no_network(loop: ToyLoop) -> None:
+    for site in SITES:
+        door = loop.socket(site)
+        assert oct(door.stat().st_mode & 0o777) == "0o600"
+        assert oct(door.parent.stat().st_mode & 0o777) == "0o700"
+        trainer = psutil.Process(loop.pid(f"trainer-{site}"))
+        assert not trainer.net_connections("inet")
+        ours, theirs = (Path(f"/proc/{pid}/ns/net").readlink() for pid in ("self", trainer.pid))
+        log = (loop.folder / "log" / f"trainer-{site}.log").read_text()
+        assert ours != theirs or "keeps its network" in log
+
+
+def test_a_deadline_cancels_a_long_training(loop: ToyLoop) -> None:
+    loop.orders(r1={"sleep": 60})
+    run = loop.submit("late", toy_plan(federation={"rounds": 1, "round_timeout_s": 8.0}))
+    for site in SITES:
+        loop.training(site)
+    began = time.monotonic()
+    cancelled = [loop.folder / "log" / f"trainer-{site}.log" for site in SITES]
+    loop.until("the sites' end", lambda: all("train: cancelled" in log.read_text() for log in cancelled))
+    assert time.monotonic() - began < 8 + 5
+    loop.orders()
+    assert loop.finish(run) == "completed"  # the second attempt
+    codes = [entry["code"] for entry in loop.journal("late") if "code" in entry]
+    assert codes == ["deadline"] * 3
+    for site in SITES:
+        loop.trained(site)
+
+
+def test_only_codes_leave_a_site(loop: ToyLoop) -> None:
+    loop.orders(r1={"raise": CANARY})
+    run = loop.submit("canary", toy_plan(federation={"rounds": 1}))
+    assert loop.finish(run) == "failed: TOO_FEW_REPLIES"
+    loop.orders()
+    assert {entry["code"] for entry in loop.journal("canary") if "code" in entry} == {"internal"}
+    inside: set[Path] = set()
+    outside: set[Path] = set()
+    for path in loop.folder.rglob("*"):
+        if path.is_file() and b"CANARY" in path.read_bytes():
+            (inside if "sites" in path.parts else outside).add(path)
+    assert {path.name for path in inside} == {"incidents.jsonl"}
+    assert not outside
+    for site in SITES:
+        loop.trained(site)
