@@ -5,7 +5,7 @@ DATA ?= ../shared/data
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test unit federation lint experiments bench
+.PHONY: setup demo test unit federation loopback lint experiments bench
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -28,6 +28,9 @@ unit: $(READY)
 
 federation: $(READY)
 	$(BIN)/python -m pytest -m federation
+
+loopback: $(READY)
+	$(BIN)/python -m deploy.loopback
 
 lint: $(READY)
 	$(BIN)/ruff format --check

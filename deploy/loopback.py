@@ -6,6 +6,7 @@ the same processes. Everything lives in one folder, listens on loopback, and end
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
 import json
@@ -15,6 +16,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -282,3 +284,76 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def rehearse(folder: Path, rounds: int) -> None:
+    """Generate a hospital's patients for each of three sites, train over loopback, and show the result.
+
+    Raises:
+        Stop: a process did not come up, or the run failed.
+    """
+    from conf.load import compose
+    from conf.schema import Columns
+    from server.report.table import show
+    from tasks.data.cache import Cache
+    from tasks.data.ingest import ingest, patient_key
+    from tasks.data.phantom import make_phantom
+
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stdout.write(f"{time.monotonic() - began:5.1f} s  {text}\n")
+
+    make_phantom(folder / "hospitals", hospitals=3, patients=4, size=48)
+    sites = sorted(path.name for path in (folder / "hospitals").iterdir())
+    for site in sites:
+        home = folder / "sites" / site
+        home.mkdir(parents=True)
+        key = patient_key(home / "state" / "patient.key")
+        root, cache = folder / "hospitals" / site, Cache(home / "cache")
+        ingest(root, cache, manifest=None, columns=Columns(), label_map=None, key=key)
+        socket_path = folder / "federation" / "run" / site / "t.sock"
+        # generated patients: every count may leave
+        about = {"name": site, "cache": "cache", "socket": str(socket_path), "policy": {"minimum_cell": 1}}
+        (home / "site.yaml").write_text(json.dumps(about))
+    say(f"{len(sites)} hospitals of generated patients")
+    overrides = [
+        "+experiment=demo",
+        "data.root=.",
+        "run.dir=.",
+        f"federation.rounds={rounds}",
+        "local.steps=4",
+    ]
+    plan = compose(overrides).plan
+
+    def trainer(site: str, _: Path) -> list[str]:
+        return [sys.executable, "-m", "client.trainer", str(folder / "sites" / site / "site.yaml")]
+
+    with Loopback(folder / "federation", sites, trainer) as loop:
+        say("SuperLink, coordinator, three agents and trainers are up")
+        said = loop.finish(loop.submit("rehearsal", plan))
+        say(f"run {said}")
+    say("all processes have ended")
+    if said != "completed":
+        raise Stop(Exit.INTERNAL, f"the run {said}; logs: {folder / 'federation' / 'log'}")
+    show(folder / "federation" / "runs" / "rehearsal")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m deploy.loopback`: the whole of a federation once, in a temporary folder or a given one."""
+    parser = argparse.ArgumentParser(
+        prog="deploy.loopback", description="A federation on this machine, once."
+    )
+    parser.add_argument("--folder", type=Path, help="a new folder, which stays [default: a temporary one]")
+    parser.add_argument("--rounds", type=int, default=2)
+    asked = parser.parse_args(arguments)
+    if asked.folder is not None:
+        asked.folder.mkdir(parents=True)
+        rehearse(asked.folder.absolute(), asked.rounds)
+        return
+    with tempfile.TemporaryDirectory(prefix="wardround-") as folder:
+        rehearse(Path(folder), asked.rounds)
+
+
+if __name__ == "__main__":
+    main()

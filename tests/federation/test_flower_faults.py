@@ -1,4 +1,4 @@
-"""Each process killed once in the middle of a round: the run ends with the same bytes, nobody trains twice."""
+"""Each process is killed once in a round: the run ends with the same bytes, and nobody trains twice."""
 
 from __future__ import annotations
 
