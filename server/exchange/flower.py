@@ -274,7 +274,7 @@ class _Asking:
             self._fold(job, answer)
         elif answer.status == "pending":
             job.trouble = None
-            job.again("collect", now)
+            job.again("collect", now + _SHORTEST_S)
         elif answer.status in _REFUSALS:
             self.fail(job, Failure(answer.status))
         elif answer.status == "unknown" and job.operation == "collect":
