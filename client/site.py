@@ -95,7 +95,7 @@ class Site:
         plan = self.plans[instruction.plan]
         self.policy.check(plan)
         study, strategy = self.bench.study(plan)
-        spec = strategy.spec(study, instruction.stage)
+        spec = self.bench.spec(study, strategy, instruction.stage)
         remembers = self.durable or strategy.stateful
         memory = Memory(self.folder / "memory" / instruction.run, durable=self.durable)
         if remembers and (given := memory.recall(instruction)) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from client.policy import Policy
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Correct, Fitted, Strategy, Study, Tensors, fresh_model
-from strategies.protocol import Instruction, Refused, Tree
+from strategies.protocol import Instruction, Refused, Spec, Tree
 from tasks.base import Batch, Case, Phase, Prediction
 from tasks.data.cache import Entry
 from tasks.seeds import generator
@@ -31,13 +31,16 @@ class Archive:
 
     splits: Mapping[str, Sequence[Entry]]
     load: Callable[[Entry], Case]
+    _sorted: dict[str, dict[str, list[Entry]]] = field(default_factory=dict, init=False, compare=False)
 
-    def patients(self, split: str) -> dict[str, list[Entry]]:
+    def patients(self, split: str) -> Mapping[str, Sequence[Entry]]:
         """The entries of a split, by patient, in the order of their keys."""
-        by: dict[str, list[Entry]] = {}
-        for entry in sorted(self.splits.get(split, ()), key=lambda e: (e.patient, e.key)):
-            by.setdefault(entry.patient, []).append(entry)
-        return by
+        if split not in self._sorted:
+            by: dict[str, list[Entry]] = {}
+            for entry in sorted(self.splits.get(split, ()), key=lambda e: (e.patient, e.key)):
+                by.setdefault(entry.patient, []).append(entry)
+            self._sorted[split] = by
+        return self._sorted[split]
 
 
 class Bench:
@@ -53,7 +56,11 @@ class Bench:
         self.device = torch.device(found if device == "auto" else device)
         self.capacity = capacity
         self.halt: Callable[[], None] = lambda: None
-        self._plans: dict[str, tuple[Study, Strategy]] = {}
+        # by identity first: a digest costs more than an instruction to a site that has nothing to do
+        self._plans: dict[int, tuple[Plan, Study, Strategy]] = {}
+        self._studies: dict[str, tuple[Study, Strategy]] = {}
+        self._specs: dict[tuple[str, str], Spec] = {}
+        self._optimizers: dict[tuple[str, str], torch.optim.Optimizer] = {}
         self._model: tuple[str, nn.Module, list[tuple[Tensor, Tensor]]] | None = None
         self._prepared: dict[tuple[str, str], Example] = {}
         self._held = 0
@@ -64,26 +71,66 @@ class Bench:
         Raises:
             Stop: the plan names something that is not installed here.
         """
-        if plan.digest not in self._plans:
-            self._plans[plan.digest] = Study.of(plan), build_strategy(plan)
-        return self._plans[plan.digest]
+        known = self._plans.get(id(plan))
+        if known is None:
+            if plan.digest not in self._studies:
+                self._studies[plan.digest] = Study.of(plan), build_strategy(plan)
+            # the plan is held too, or another could come to have its identity
+            known = self._plans[id(plan)] = plan, *self._studies[plan.digest]
+        return known[1], known[2]
+
+    def spec(self, study: Study, strategy: Strategy, stage: str) -> Spec:
+        """`Strategy.spec`, made once.
+
+        Raises:
+            Refused: (`stage`).
+        """
+        key = study.digest, stage
+        if key not in self._specs:
+            self._specs[key] = strategy.spec(study, stage)
+        return self._specs[key]
+
+    def optimizer(
+        self, plan: str, phase: str, make: Callable[[], torch.optim.Optimizer]
+    ) -> torch.optim.Optimizer:
+        """The optimiser of a phase, as good as new: no memory hides at the site.
+
+        Making one anew for every round costs more than a step of a small model.
+        """
+        key = plan, phase
+        if key not in self._optimizers:
+            self._optimizers[key] = make()
+        made = self._optimizers[key]
+        made.state.clear()
+        return made
 
     def model(self, study: Study) -> nn.Module:
         """The plan's model, on the device; its weights are whatever was there last, its counters new."""
-        if self._model is None or self._model[0] != study.plan.digest:
+        if self._model is None or self._model[0] != study.digest:
+            self._optimizers.clear()  # they hold the old model's parameters
             model = fresh_model(study.plan, study.task).to(self.device)
             if self.device.type == "cuda":
                 model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             floats = _floats(model)
             counters = [(b, b.clone()) for name, b in model.named_buffers() if name not in floats]
-            self._model = study.plan.digest, model, counters
+            self._model = study.digest, model, counters
         for buffer, new in self._model[2]:
             buffer.copy_(new)
         return self._model[1]
 
+    def seed(self, value: int) -> None:
+        """Seed torch's own generators here.
+
+        `torch.manual_seed` takes longer than a step of a small model: it notes the call, with a stack
+        trace, for every kind of device that was never used.
+        """
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(value)
+
     def example(self, study: Study, archive: Archive, entry: Entry) -> Example:
         """A prepared case, on the device."""
-        key = study.plan.digest, entry.digest
+        key = study.digest, entry.digest
         if key in self._prepared:
             return self._prepared[key]
         example = {n: t.to(self.device) for n, t in study.task.prepare(archive.load(entry)).items()}
@@ -141,12 +188,12 @@ class Session:
             raise Refused("data", "no training patient")
         plan = self.study.plan
         model = self._load(weights).train()
-        steppers = [_Stepper(phase, model, plan, correct) for phase in self.study.task.phases]
+        steppers = [self._stepper(phase, model, correct) for phase in self.study.task.phases]
         draw = generator(plan.seed, self.site, self.round, "train", purpose)
         batches = self._batches(patients, draw)
         with torch.random.fork_rng(devices=[self._bench.device] if self._bench.device.type == "cuda" else []):
             # layers that draw (dropout) use torch's own generator
-            torch.manual_seed(int(torch.randint(2**31, (), generator=draw)))
+            self._bench.seed(int(torch.randint(2**31, (), generator=draw)))
             for step in range(plan.local.steps):
                 self._bench.halt()
                 progress = (self.round - 1 + step / plan.local.steps) / plan.federation.rounds
@@ -154,7 +201,17 @@ class Session:
                     if step % stepper.phase.every == 0:
                         stepper.step(next(batches) if stepper.phase.private else None, progress)
         losses = [stepper.mean() for stepper in steppers if stepper.phase.private]
-        return Fitted(self._weights(model), sum(losses) / max(1, len(losses)))
+        model.zero_grad(set_to_none=True)  # room for the copy: the model goes on to other sites
+        trained = {name: tensor.detach().clone() for name, tensor in _floats(model).items()}
+        return Fitted(trained, sum(losses) / max(1, len(losses)))
+
+    def _stepper(self, phase: Phase, model: nn.Module, correct: Correct | None) -> _Stepper:
+        plan = self.study.plan
+        parameters = {n: p for n, p in model.named_parameters() if phase.parameters(n) and p.requires_grad}
+        optimizer = self._bench.optimizer(
+            self.study.digest, phase.name, lambda: _optimizer(plan, list(parameters.values()))
+        )
+        return _Stepper(phase, model, plan, correct, parameters, optimizer)
 
     def score(self, weights: Tensors, split: str) -> Tensor:
         """Summed statistics of the model on a split: float64.
@@ -194,7 +251,7 @@ class Session:
             total = total + self.study.task.score(cases, [predict(case) for case in cases])
         return total.to_vector()
 
-    def _batches(self, patients: Mapping[str, list[Entry]], draw: torch.Generator) -> Iterator[Batch]:
+    def _batches(self, patients: Mapping[str, Sequence[Entry]], draw: torch.Generator) -> Iterator[Batch]:
         """Batches of one example each of different patients; every patient once before any twice."""
         keys = list(patients)
         size = min(self.study.plan.local.batch_size or len(keys), len(keys))
@@ -222,28 +279,29 @@ class Session:
                 here[name].copy_(tensor)
         return model
 
-    @staticmethod
-    def _weights(model: nn.Module) -> Tensors:
-        """A copy: the model goes on to other sites."""
-        return {name: tensor.detach().clone() for name, tensor in _floats(model).items()}
-
 
 def _floats(model: nn.Module) -> Tensors:
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
 
 
 class _Stepper:
-    """One phase's optimiser, made anew for every round: no memory hides at the site."""
+    """One phase of one training."""
 
-    def __init__(self, phase: Phase, model: nn.Module, plan: Plan, correct: Correct | None) -> None:
+    def __init__(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        plan: Plan,
+        correct: Correct | None,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
         self.phase = phase
         self._model = model
         self._plan = plan
         self._correct = correct
-        self._parameters = {
-            n: p for n, p in model.named_parameters() if phase.parameters(n) and p.requires_grad
-        }
-        self._optimizer = _optimizer(plan, list(self._parameters.values()))
+        self._parameters = parameters
+        self._optimizer = optimizer
         self._losses: list[Tensor] = []
 
     def step(self, batch: Batch | None, progress: float) -> None:

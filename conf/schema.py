@@ -138,8 +138,10 @@ class Run(Frozen):
 class Runtime(Frozen):
     """What carries the round. It never changes the result."""
 
-    name: Literal["local"] = "local"
+    name: Literal["local", "ray"] = "local"
     workers: int = Field(0, ge=0, le=1024, description="processes; 0 = one per core")
+    ray_address: str | None = Field(None, description="cluster to join (host:port, auto); none = start one here")
+    gpus_per_site: float = Field(0.0, ge=0, le=64, description="GPUs a worker takes, parts allowed; with ray only")
     device: str = "auto"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from conf.exits import Exit, Stop
 from conf.files import no_space, sync_folder, write_synced
 from strategies.base import Tensors
-from strategies.protocol import Epoch, Refused, Tree, pack, unpack
+from strategies.protocol import Epoch, Refused, Tree, pack_file, unpack
 
 _FILES = ("model.safetensors", "strategy.safetensors")
 
@@ -44,16 +44,15 @@ def save(folder: Path, progress: Progress, keep: int) -> None:
     with no_space(final, "wardround resume"):
         try:
             temporary.mkdir(parents=True)
-            blobs = {"model.safetensors": pack(progress.model), "strategy.safetensors": pack(progress.state)}
+            trees = zip(_FILES, (progress.model, progress.state), strict=True)
+            digests = {name: pack_file(tree, temporary / name) for name, tree in trees}
             seal = {
                 "round": progress.round,
                 "settled": {site: list(epoch) for site, epoch in sorted(progress.settled.items())},
                 "exchange": progress.exchange,
-                "sha256": {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()},
+                "sha256": digests,
             }
-            blobs["state.json"] = _sealed(seal)
-            for name, blob in blobs.items():
-                write_synced(temporary / name, blob)
+            write_synced(temporary / "state.json", _sealed(seal))
             sync_folder(temporary)
             if final.exists():  # damaged: `latest` passed it over
                 shutil.rmtree(final)

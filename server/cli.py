@@ -47,10 +47,17 @@ def simulate(context: typer.Context) -> None:
 
 
 def _simulate(settings: Settings) -> None:
-    from server.report.table import show
-    from server.simulate import simulate as run
+    from server.cluster import absolute, cluster
 
-    show(run(settings))
+    settings = absolute(settings)
+    # Ray's start is mostly waiting: torch is imported meanwhile
+    with cluster(settings.runtime, preload=("server.simulate",)):
+        from server.simulate import simulate as run
+
+        path = run(settings)
+    from server.report.table import show
+
+    show(path)
 
 
 @app.command()

@@ -20,6 +20,8 @@ def cohort(plan: Plan, round: int, sites: Sequence[str]) -> tuple[str, ...]:
     size = plan.federation.cohort or len(names)
     if size > len(names):
         raise ValueError(f"federation.cohort is {size}; there are {len(names)} sites")
+    if size == len(names):
+        return tuple(names)
     draw = generator(plan.seed, "", round, "cohort", "sites")
     chosen = torch.randperm(len(names), generator=draw)[:size].tolist()
     return tuple(names[i] for i in sorted(chosen))

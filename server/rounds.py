@@ -162,7 +162,7 @@ class Run:
                 stage=ask.stage,
                 site=site,
                 settled=self.progress.settled.get(site),
-                plan=plan.digest,
+                plan=self.study.digest,
                 code=self.code,
                 common="",
                 own=dict(ask.own.get(site, {})),
@@ -227,6 +227,8 @@ class Run:
     def _save(self) -> None:
         folder = self.folder / "checkpoints"
         save(folder, self.progress, self.keep)
+        if not (self.folder / "blobs").is_dir():
+            return
         # payloads of outstanding asynchronous jobs live as long as a checkpoint that names them
         needed = {job["common"] for tree in kept(folder) for job in tree.get("jobs", [])}
         for blob in (self.folder / "blobs").glob("*.safetensors"):

@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,8 +19,11 @@ from client.site import Archive, Bench, Plans, Policy, Site
 from conf.exits import Exit, Stop
 from conf.schema import Data, Plan, Section, Settings
 from server.checkpoint import latest
+from server.cluster import cluster
 from server.evaluate import Line
 from server.exchange.local import LocalExchange
+from server.exchange.pool import recycle
+from server.exchange.virtual import VirtualExchange
 from server.progress import bar, note
 from server.rounds import Run
 from server.runfolder import RunFolder
@@ -143,6 +147,23 @@ class Federation:
         return Federation(self.cache, {name: parts})
 
 
+@dataclass(frozen=True)
+class Hospitals:
+    """Makes a federation's sites; Ray sends it to its actors, each of which builds a bench of its own."""
+
+    federation: Federation
+    folder: Path
+    device: str
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Shared by the sites of a process."""
+        return Bench(self.device)
+
+    def __call__(self, name: str) -> Site:
+        return self.federation.site(name, self.folder, self.bench, code_digest())
+
+
 def _cached(data: Data) -> Cache:
     """The cache of `data.root`, brought up to date."""
     root = Path(data.root).absolute()
@@ -186,11 +207,16 @@ class Simulation:
 
     def run(self) -> Path:
         """Train, train what it is compared with, score everything."""
+        with cluster(self.folder.settings.runtime):
+            return self._run()
+
+    def _run(self) -> Path:
         settings = self.folder.settings
+        recycle()
         torch.set_num_threads(settings.plan.local.threads)
-        self._train(self.federation, settings.plan, self.folder.path, self._count(), evaluate=True)
+        self._train(self.federation, settings.plan, self.folder.path, evaluate=True)
         baselines = self._baselines()
-        with self._exchange(self.federation, self.folder.path, settings.plan, self._count()) as exchange:
+        with self._exchange(self.federation, self.folder.path, settings.plan) as exchange:
             run = self._loop(self.federation, settings.plan, self.folder.path, exchange)
             run.metrics.add(self._compare(run, baselines))
         return self.folder.path
@@ -200,16 +226,21 @@ class Simulation:
         cores, sites = os.cpu_count() or 1, len(self.federation.sites)
         return self.folder.settings.runtime.workers or (sites if sites <= 2 * cores else cores)
 
-    def _exchange(self, federation: Federation, path: Path, plan: Plan, workers: int) -> LocalExchange:
-        bench, code = Bench(self.folder.settings.runtime.device), code_digest()
-        bench.study(plan)  # before the fork: the workers share it
+    def _exchange(self, federation: Federation, path: Path, plan: Plan, workers: int = 0) -> VirtualExchange:
+        """What carries the round; `workers` other than 0: forked ones, whatever the runtime."""
+        runtime = self.folder.settings.runtime
+        hospitals = Hospitals(federation, path / "sites", runtime.device)
+        if runtime.name == "ray" and not workers:
+            from server.exchange.ray import RayExchange, room
 
-        def site(name: str) -> Site:
-            return federation.site(name, path / "sites", bench, code)
+            count = min(room(runtime), len(federation.sites))
+            return RayExchange(hospitals, count, runtime.gpus_per_site, blobs=path / "blobs", seed=plan.seed)
+        hospitals.bench.study(plan)  # before the fork: the workers share it
+        return LocalExchange(
+            hospitals, blobs=path / "blobs", seed=plan.seed, workers=workers or self._count()
+        )
 
-        return LocalExchange(site, blobs=path / "blobs", seed=plan.seed, workers=workers)
-
-    def _loop(self, federation: Federation, plan: Plan, path: Path, exchange: LocalExchange) -> Run:
+    def _loop(self, federation: Federation, plan: Plan, path: Path, exchange: VirtualExchange) -> Run:
         study, strategy = Bench().study(plan)
         return Run(
             study=study,
@@ -222,7 +253,9 @@ class Simulation:
             keep=self.folder.settings.run.keep,
         )
 
-    def _train(self, federation: Federation, plan: Plan, path: Path, workers: int, *, evaluate: bool) -> None:
+    def _train(
+        self, federation: Federation, plan: Plan, path: Path, workers: int = 0, *, evaluate: bool
+    ) -> None:
         with self._exchange(federation, path, plan, workers) as exchange:
             run = self._loop(federation, plan, path, exchange)
             for warning in run.warnings:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -40,6 +41,11 @@ class Study:
     initial: Tensors
     trainable: frozenset[str]
     norms: frozenset[str]
+
+    @cached_property
+    def digest(self) -> str:
+        """The plan's."""
+        return self.plan.digest
 
     @classmethod
     def of(cls, plan: Plan) -> Study:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,54 +95,71 @@ class Sum:
     age_power: float = 0.0
 
     def start(self, spec: Spec, place: Callable[[int], Tensor] | None = None) -> Partial:
-        """An empty sum; `place(n)` gives n zeroed int64 (shared memory, say)."""
-        # numpy's zeros take no memory before they are touched; torch's do
-        zeros = place or (lambda n: torch.from_numpy(np.zeros(n, dtype=np.int64)))
-        return Partial(ring=zeros(spec.size))
+        """An empty sum; `place(n)` gives n int64 of any value (shared memory, say)."""
+        # the first answer is written, not added: memory that nobody touches costs nothing
+        made = place or (lambda n: torch.empty(n, dtype=torch.int64))
+        return Partial(ring=made(spec.size))
 
     def add(
         self, partial: Partial, spec: Spec, site: str, epoch: Epoch, update: Update, age: int = 0
     ) -> None:
         """Add an answer that passed `spec.check`."""
-        if partial.ring is None or partial.adds >= MAX_ADDS:
+        # nothing to add up has no limit: a plan may go to any number of sites
+        if partial.ring is None or (partial.adds >= MAX_ADDS and spec.size):
             raise ValueError(f"a sum has room for {MAX_ADDS} answers")
         scale = 2.0 ** ring_bits(spec.max_weight, spec.max_value)
         # however old, an answer counts a little: a sum of nothing but weight 0 has no mean
         weight = update.weight * max(1, round(_AGE_UNIT * (1 + age) ** -self.age_power))
         scratch = torch.empty(min(_BLOCK, spec.size), dtype=torch.float64)
         at = 0
-        for name in spec.tensors:
-            values = update.tensors[name].reshape(-1)
-            alpha = scale if _group(name) in self.counted else scale * weight / _AGE_UNIT
-            _lift(values, alpha, partial.ring[at : at + values.numel()], scratch)
+        for counted, values in self._runs(spec, update):
+            alpha = scale if counted else scale * weight / _AGE_UNIT
+            _lift(values, alpha, partial.ring[at : at + values.numel()], scratch, first=partial.adds == 0)
             at += values.numel()
         partial.adds += 1
         partial.weight += weight
         partial.sites[site] = epoch
 
+    def _runs(self, spec: Spec, update: Update) -> Iterator[tuple[bool, Tensor]]:
+        """The values in order, small tensors joined: a call costs more than a thousand values."""
+        key, run, size = (False, torch.float32), list[Tensor](), 0
+        for name in spec.tensors:
+            values = update.tensors[name].reshape(-1)
+            mine = _group(name) in self.counted, values.dtype
+            if run and (mine != key or size + values.numel() > _BLOCK):
+                yield key[0], torch.cat(run) if len(run) > 1 else run[0]
+                run, size = [], 0
+            key = mine
+            run.append(values)
+            size += values.numel()
+        if run:
+            yield key[0], torch.cat(run) if len(run) > 1 else run[0]
+
     def merge(self, into: Partial, other: Partial) -> None:
         """Add `other` to `into`; `other` is used up."""
         if into.ring is None or other.ring is None:
             raise ValueError("cannot merge a sum with a collection")
-        if into.adds + other.adds > MAX_ADDS:
+        if into.adds + other.adds > MAX_ADDS and into.ring.numel():
             raise ValueError(f"a sum has room for {MAX_ADDS} answers")
-        if into.adds:
-            into.ring += other.ring
-        else:
+        if not into.adds:
             into.ring = other.ring
+        elif other.adds:
+            into.ring += other.ring
         into._join(other)
 
     def finish(self, partial: Partial, spec: Spec) -> Total:
         """The total; `partial` is used up."""
         if partial.ring is None:
             raise ValueError("not a sum")
+        if not partial.adds:
+            partial.ring.zero_()
         bias = (partial.adds * _MAGIC_BITS) % 2**64
         partial.ring -= bias - 2**64 if bias >= 2**63 else bias
         return Total(spec, self, partial.ring, partial.weight / _AGE_UNIT, partial.sites, partial.failures)
 
 
-def _lift(values: Tensor, alpha: float, ring: Tensor, scratch: Tensor) -> None:
-    """ring += round(values * alpha) (+ the magic's bits), block by block.
+def _lift(values: Tensor, alpha: float, ring: Tensor, scratch: Tensor, *, first: bool) -> None:
+    """ring += round(values * alpha) (+ the magic's bits), block by block; `first`: = instead of +=.
 
     float32 is copied to float64 first (`torch.mul` into float64 multiplies in float32); 24 bits of it
     times a weight below 2^29 are exact there, so fused or not, the one rounding is the magic's.
@@ -152,7 +168,11 @@ def _lift(values: Tensor, alpha: float, ring: Tensor, scratch: Tensor) -> None:
         block = scratch[: part.numel()]
         block.copy_(part)
         torch.add(_MAGIC, block, alpha=alpha, out=block)
-        place += block.view(torch.int64)
+        whole = block.view(torch.int64)
+        if first:
+            place.copy_(whole)
+        else:
+            place += whole
 
 
 @dataclass(frozen=True)
@@ -207,6 +227,9 @@ class _Lazy(Mapping[str, Tensor]):
             stop = min(start + _BLOCK, size)
             out[start:stop] = self._ring[at + start : at + stop].double() * self._factor
         return out.reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._at  # a Mapping's own would compute the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._at)

@@ -1,49 +1,22 @@
-"""The exchange on one machine: in this process, or over forked workers that fold their own share.
-
-Workers are forked once, live for the run, and take sites as they become free; tensors pass through
-shared memory, each once. Results do not depend on any of it. Asynchronous asks (`Ask.need`) run on a
-virtual clock: how long a site takes is drawn from the seed, so asynchrony repeats exactly.
-"""
+"""The exchange on one machine without Ray: in this process, or over forked workers."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from conf.files import sweep_scratch, write_atomic
-from server.exchange import Handler, Heard, Order
+from conf.files import sweep_scratch
+from server.exchange import Handler, Heard
 from server.exchange.crew import Crew
+from server.exchange.pool import Item
+from server.exchange.virtual import VirtualExchange
 from server.exchange.workers import Workers
-from strategies.exact import Fold, Folded, Partial
-from strategies.protocol import Failure, Instruction, Spec, Tree, pack, unpack
-from tasks.seeds import generator
+from strategies.exact import Fold, Partial
+from strategies.protocol import Failure, Spec
 
 
-@dataclass(frozen=True)
-class Item:
-    """One site's job: the instruction, its shared payload, how many rounds old it is."""
-
-    instruction: Instruction
-    common: Tree
-    age: int = 0
-
-
-@dataclass(frozen=True)
-class _Job:
-    """An outstanding job of an asynchronous run; its payload is kept by digest."""
-
-    instruction: Instruction
-    common: str
-    finish: float
-
-
-class LocalExchange:
+class LocalExchange(VirtualExchange):
     """Sites in this process (`workers=1`) or in forked ones.
 
     Args:
@@ -54,112 +27,28 @@ class LocalExchange:
 
     def __init__(self, sites: Callable[[str], Handler], *, blobs: Path, seed: int, workers: int = 1) -> None:
         sweep_scratch()
-        self._blobs = blobs
-        self._seed = seed
-        self._crew = Crew(sites) if workers == 1 else None
-        self._workers = Workers(sites, workers) if workers > 1 else None
-        self._clock = 0.0
-        self._jobs: dict[str, _Job] = {}
+        super().__init__(Workers(sites, workers) if workers > 1 else Here(sites), blobs=blobs, seed=seed)
 
-    def __call__(self, order: Order, heard: Heard) -> Folded:
-        ask = order.ask
-        total = ask.fold.start(ask.spec)
-        total.failures |= order.known
-        if ask.need is None:
-            items = [Item(i, ask.down) for i in order.instructions.values()]
-            self._run(items, ask.fold, ask.spec, total, heard, order.deadline_s)
-        else:
-            self._issue(order)
-            while len(total.sites) < ask.need and self._jobs:
-                batch = self._earliest(ask.need - len(total.sites), order.round)
-                self._run(batch, ask.fold, ask.spec, total, heard, order.deadline_s)
-        return ask.fold.finish(total, ask.spec)
 
-    def _run(
-        self, items: Sequence[Item], fold: Fold, spec: Spec, total: Partial, heard: Heard, deadline_s: float
-    ) -> None:
-        """Do the jobs and fold their answers into `total`; past the deadline the rest are failures."""
-        limit = time.monotonic() + deadline_s if deadline_s else math.inf
-        if self._workers is not None:
-            for partial in self._workers.run(items, fold, spec, heard, limit):
-                fold.merge(total, partial)
-            return
+class Here:
+    """Jobs done in this process, one after the other."""
+
+    def __init__(self, sites: Callable[[str], Handler]) -> None:
+        self._crew: Crew | None = Crew(sites)
+
+    def run(
+        self, items: Sequence[Item], fold: Fold, spec: Spec, heard: Heard, limit: float
+    ) -> Iterator[Partial]:
         if self._crew is None:
             raise ValueError("the exchange is closed")
         self._crew.start(fold, spec)
         for item in items:
-            name = item.instruction.site
             if time.monotonic() < limit:
                 failure = self._crew.run(item.instruction, item.common, item.age)
             else:
-                failure = self._crew.partial.failures[name] = Failure("deadline")
-            heard(name, failure)
-        fold.merge(total, self._crew.partial)
-
-    # ---- asynchronous asks
-
-    def _issue(self, order: Order) -> None:
-        """Give every asked site its job, and the time it will take."""
-        blob = pack(order.ask.down)
-        digest = hashlib.sha256(blob).hexdigest()
-        path = self._blobs / f"{digest}.safetensors"
-        if order.instructions and not path.exists():
-            self._blobs.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, blob)
-        for name, instruction in order.instructions.items():
-            draw = generator(self._seed, name, order.round, order.ask.stage, "duration")
-            # log-normal with a spread of e^0.5: most sites are alike, a few are slow
-            duration = math.exp(0.5 * float(torch.randn((), generator=draw, dtype=torch.float64)))
-            self._jobs[name] = _Job(replace(instruction, common=digest), digest, self._clock + duration)
-
-    def _earliest(self, count: int, now: int) -> list[Item]:
-        """Take the jobs that finish first off the list; the clock moves to the last of them."""
-        first = sorted(self._jobs.values(), key=lambda job: (job.finish, job.instruction.site))[:count]
-        items = []
-        for job in first:
-            del self._jobs[job.instruction.site]
-            self._clock = max(self._clock, job.finish)
-            common = unpack((self._blobs / f"{job.common}.safetensors").read_bytes())
-            items.append(Item(job.instruction, common, now - job.instruction.round))
-        return items
-
-    def busy(self) -> frozenset[str]:
-        return frozenset(self._jobs)
-
-    def snapshot(self) -> Tree:
-        jobs = [
-            # the run's id is left out: equal runs have equal checkpoints
-            {
-                "instruction": {**job.instruction.to_tree(), "run": ""},
-                "common": job.common,
-                "finish": job.finish,
-            }
-            for _, job in sorted(self._jobs.items())
-        ]
-        return {"clock": self._clock, "jobs": jobs}
-
-    def restore(self, tree: Tree) -> None:
-        self._clock = tree.get("clock", 0.0)
-        self._jobs = {}
-        for job in tree.get("jobs", []):
-            asked = dict(job["instruction"])
-            asked["settled"] = tuple(asked["settled"]) if asked["settled"] else None
-            self._jobs[asked["site"]] = _Job(Instruction(**asked), job["common"], job["finish"])
+                failure = self._crew.partial.failures[item.site] = Failure("deadline")
+            heard(item.site, failure)
+        yield self._crew.partial
 
     def close(self) -> None:
         self._crew = None
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
-
-    def __enter__(self) -> LocalExchange:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def payloads(snapshot: Tree) -> Iterator[str]:
-    """Digests of the payloads that a snapshot's jobs still need."""
-    for job in snapshot.get("jobs", []):
-        yield job["common"]

@@ -325,3 +325,24 @@ def test_a_total_is_read_again_and_again() -> None:
     assert mean["w"].data_ptr() != mean["w"].data_ptr()
     assert float(total.sum("delta")["b"]) == 3.0
     assert float(total.sum("control")["w"][0]) == 1.0
+
+
+def test_a_sum_of_nothing_has_no_limit() -> None:
+    spec, fold = Spec({}, 1, 1.0), Sum()
+    total = fold.start(spec)
+    for half in range(2):
+        partial = fold.start(spec)
+        for i in range(MAX_ADDS // 2 + 1):
+            fold.add(partial, spec, f"site-{half}-{i}", (1, 0), Update({}))
+        fold.merge(total, partial)
+    assert fold.finish(total, spec).count == MAX_ADDS + 2
+
+
+def test_asking_for_a_tensor_that_is_there_computes_none() -> None:
+    spec, fold = Spec({"delta/w": ((2,), torch.float32)}, 1, 1.0), Sum()
+    partial = fold.start(spec)
+    fold.add(partial, spec, "a", (1, 0), Update({"delta/w": torch.tensor([0.5, -0.25])}))
+    mean = fold.finish(partial, spec).mean("delta")
+    assert "w" in mean
+    assert "v" not in mean
+    assert mean["w"].tolist() == [0.5, -0.25]

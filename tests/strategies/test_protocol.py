@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strategies.protocol import Instruction, Refused, Reply, Tree, digest, fill, pack, strip, unpack
+from strategies.protocol import (
+    Instruction,
+    Refused,
+    Reply,
+    Tree,
+    digest,
+    fill,
+    pack,
+    pack_file,
+    strip,
+    unpack,
+)
 
 DTYPES = (
     torch.float32,
@@ -265,3 +277,16 @@ def test_every_field_enters_the_digest(change: dict[str, Any]) -> None:
 def test_every_field_of_an_instruction_has_a_case_above() -> None:
     cases = test_every_field_enters_the_digest.pytestmark[0].args[1]
     assert {name for change in cases for name in change} == {f.name for f in dataclasses.fields(Instruction)}
+
+
+def test_a_file_holds_what_pack_gives(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    tree = {
+        "a": [shared, shared.reshape(2, 3).T, torch.tensor(3, dtype=torch.int64)],
+        "b": {"c": 1.5, "d": None},
+    }
+    found = pack_file(tree, tmp_path / "tree")
+    assert (tmp_path / "tree").read_bytes() == pack(tree)
+    assert found == digest(pack(tree))
+    with pytest.raises(OSError, match="No such file"):
+        pack_file(tree, tmp_path / "none" / "tree")
