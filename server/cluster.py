@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -77,6 +78,8 @@ def _start(runtime: Runtime, folder: Path) -> None:
     import ray
     from ray.job_config import JobConfig
 
+    # an actor that is given no GPU sees none: Ray announces that this will change
+    warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
     # read when Ray starts its processes; workers at niceness 15 starve on a busy machine
     os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
     paths = JobConfig(_py_driver_sys_path=[path for path in sys.path if Path(path).is_absolute()])

@@ -71,14 +71,14 @@ class Hand(Protocol):
     def begin(self, fold: Fold, spec: Spec, payloads: Any) -> None:
         """Start an ask."""
 
-    def give(self, chunk: Chunk) -> None:
-        """Hand over some sites."""
+    def give(self, chunk: Chunk, last: bool) -> None:
+        """Hand over some sites; `last`: there will be no more of this ask."""
 
     def take(self) -> Outcome:
         """What became of the oldest chunk that was given (waits for it)."""
 
     def finish(self) -> None:
-        """No more sites: `partial` will be asked for next."""
+        """No more sites, if `give` has not said so: `partial` will be asked for next."""
 
     def partial(self) -> Partial:
         """What the ask folded to (waits for it)."""
@@ -90,6 +90,7 @@ class Hand(Protocol):
 @dataclass
 class _Worker:
     hand: Hand
+    served: bool = False
     taken: list[Item] = field(default_factory=list)
     done: list[Item] = field(default_factory=list)
 
@@ -167,7 +168,7 @@ class Pool(ABC):
                 queue.clear()
                 yield _failed(late, "deadline", fold, spec, heard)
             for index, worker in enumerate(self._workers):
-                if queue and not worker.taken:
+                if queue and not worker.taken and not (index in begun and worker.served):
                     self._give(
                         index, queue, fair, keys, (fold, spec, payloads) if index not in begun else None
                     )
@@ -235,7 +236,9 @@ class Pool(ABC):
                 worker.taken = taken
                 self._try(index, lambda hand: hand.begin(*begin))
         chunk = [(item.instruction, keys[id(item.common)], item.age) for item in worker.taken]
-        self._try(index, lambda hand: hand.give(chunk))
+        # its whole share at once, or all that was left: no second call needed to say that it was the last
+        worker.served = len(chunk) >= fair or not queue
+        self._try(index, lambda hand: hand.give(chunk, worker.served))
 
     def _chunk(self, items: Sequence[Item], fair: int) -> list[Item]:
         """As many as fill the target time, `fair` at most."""

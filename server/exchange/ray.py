@@ -30,6 +30,10 @@ Flat = tuple[str, dict[str, tuple[np.ndarray[Any, Any], torch.dtype, tuple[int, 
 """A tree as Ray keeps it without copies: scalars as text, tensors as bytes with type and shape."""
 
 
+Ring = str | np.ndarray[Any, Any] | None
+"""A partial sum: its path in shared memory, or itself, from another machine."""
+
+
 class RayExchange(VirtualExchange):
     """Sites in Ray actors, one thread each, that live for the run.
 
@@ -98,7 +102,8 @@ class _Handle:
         self._chunks: list[Any] = []
         self._begin: tuple[Any, ...] = ()
         self._payloads: list[Any] = []
-        self._partial: Any = None
+        self._finish: Any = None
+        self._folded: Any = None
         self._size = 0
 
     @property
@@ -109,22 +114,25 @@ class _Handle:
     def begin(self, fold: Fold, spec: Spec, payloads: list[Any]) -> None:
         # goes with the first chunk: every call costs
         self._begin, self._payloads, self._chunks = (fold, spec), list(payloads), []
+        self._finish = self._folded = None
         self._size = spec.size
 
-    def give(self, chunk: Chunk) -> None:
-        self._chunks.append(self._actor.do.remote(chunk, self._begin, *self._payloads))
+    def give(self, chunk: Chunk, last: bool) -> None:
+        self._chunks.append(self._actor.do.remote(chunk, last, self._begin, *self._payloads))
         self._begin, self._payloads = (), []
 
     def take(self) -> Outcome:
-        outcome: Outcome = _get(self._chunks.pop(0))
+        outcome: Outcome
+        outcome, self._folded = _get(self._chunks.pop(0))
         return outcome
 
     def finish(self) -> None:
-        self._partial = self._actor.finish.remote()
+        if self._folded is None:
+            self._finish = self._actor.finish.remote()
 
     def partial(self) -> Partial:
-        partial, ring = _get(self._partial)
-        self._partial = None
+        partial, ring = _get(self._finish) if self._folded is None else self._folded
+        self._finish = self._folded = None
         if isinstance(ring, str):
             partial.ring = mapped(ring, self._size, torch.int64)
             Path(ring).unlink()
@@ -157,17 +165,19 @@ class _Actor:
         self._folder = folder
         self._path: list[str] = []
 
-    def do(self, chunk: Chunk, begin: tuple[Any, ...], *payloads: Flat) -> Outcome:
-        """Sites of the current ask; the first chunk brings the ask itself."""
+    def do(
+        self, chunk: Chunk, last: bool, begin: tuple[Any, ...], *payloads: Flat
+    ) -> tuple[Outcome, tuple[Partial, Ring] | None]:
+        """Sites of the current ask. The first chunk brings the ask itself, the last takes its sum home."""
         if begin:
             self._desk.payloads = [_tree(flat) for flat in payloads]
             self._path.clear()
             fold, spec = begin
             shared = (lambda n: place(n, self._folder, self._path)) if self._near else None
             self._desk.crew.start(fold, spec, shared)
-        return self._desk.do(chunk)
+        return self._desk.do(chunk), self.finish() if last else None
 
-    def finish(self) -> tuple[Partial, str | np.ndarray[Any, Any] | None]:
+    def finish(self) -> tuple[Partial, Ring]:
         """What the ask folded to: the ring apart, by its path in shared memory or as an array."""
         self._desk.payloads = ()
         partial = self._desk.crew.partial

@@ -82,7 +82,7 @@ class _Forked:
         self._size = spec.size
         self._send("begin", fold, spec, payloads)
 
-    def give(self, chunk: Chunk) -> None:
+    def give(self, chunk: Chunk, last: bool) -> None:
         self._send("do", chunk)
 
     def take(self) -> Outcome:
@@ -132,7 +132,7 @@ def _work(
     while True:
         try:
             message: tuple[Any, ...] = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         match message:
             case ("begin", fold, spec, slabs):
