@@ -13,11 +13,12 @@ import signal
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.door import Door, Given
 from client.fleet import Fleet, Gone, Letter, read_key
+from client.telemetry import Meter
 from conf.exits import Exit, Stop
 from strategies.letter import Answer, Call, Unreadable
 
@@ -40,6 +41,7 @@ class Agent:
     fleet: Fleet
     door: Door
     bundles: Collection[str]
+    meter: Meter = field(default_factory=Meter)
 
     def run(self, stop: threading.Event) -> None:
         """Carry until told to stop.
@@ -82,7 +84,9 @@ class Agent:
             call = Call.from_content(self.fleet.open(letter).content)
         except Unreadable:
             return Given(Answer("payload", ""))
-        return self.door.ask(call)
+        given = self.door.ask(call)
+        self.meter.carried(call.operation, given, len(call.instruction) + len(call.common))
+        return given
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,17 +98,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bundles", type=Path, required=True, help="file of allowed bundles' SHA-256")
     parser.add_argument("--socket", type=Path, required=True, help="the trainer's")
     parser.add_argument("--lease", type=Path, required=True, help="file for this node's number")
+    parser.add_argument("--metrics", type=int, help="port on 127.0.0.1 for Prometheus")
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    meter = Meter()
+    if asked.metrics:
+        meter.serve(asked.metrics)
     fleet = Fleet(asked.superlink, asked.certificates.read_bytes(), read_key(asked.key), asked.lease)
     with fleet:
         log.info("agent is ready")
         try:
-            Agent(fleet, Door(asked.socket), frozenset(asked.bundles.read_text().split())).run(stop)
+            bundles = frozenset(asked.bundles.read_text().split())
+            Agent(fleet, Door(asked.socket), bundles, meter).run(stop)
         except Gone:
             raise Stop(Exit.LINK, "SuperLink has ended this node's lease; start again") from None
 

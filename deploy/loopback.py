@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -70,7 +71,8 @@ class Loopback:
     ) -> None:
         self.folder = folder
         self.sites = list(sites)
-        self.port = _free_port()
+        self.port = free_port()
+        self.metrics = {name: free_port() for name in ("coordinator", *(f"agent-{s}" for s in sites))}
         self._trainer = trainer
         self._coordinator = coordinator
         self._wait_s = wait_s
@@ -81,7 +83,7 @@ class Loopback:
 
     # ---- life
 
-    def __enter__(self) -> Loopback:
+    def __enter__(self) -> Self:
         for part in ("log", "keys", "runs", "run", "home"):
             (self.folder / part).mkdir(parents=True)
         try:
@@ -150,22 +152,23 @@ class Loopback:
             "--disable-runtime-dependency-installation",
         ]
 
-    def coordinator(self) -> list[str]:
+    def coordinator(self) -> Sequence[str]:
         """The coordinator's command."""
         return [
             *(sys.executable, "-m", self._coordinator, *self._to_superlink()),
             *("--secret", str(self.folder / "keys" / "superexec")),
             *("--sites", str(self.folder / "sites.json")),
             *("--runs", str(self.folder / "runs"), "--token", str(self.folder / "task.json")),
-            *("--wait", str(self._wait_s)),
+            *("--wait", str(self._wait_s), "--metrics", str(self.metrics["coordinator"])),
         ]
 
-    def agent(self, site: str) -> list[str]:
+    def agent(self, site: str) -> Sequence[str]:
         """A site's agent's command."""
         return [
             *(sys.executable, "-m", "client.agent", *self._to_superlink()),
             *("--key", str(self.folder / "keys" / site), "--bundles", str(self.folder / "bundles")),
             *("--socket", str(self.socket(site)), "--lease", str(self.folder / "run" / site / "lease")),
+            *("--metrics", str(self.metrics[f"agent-{site}"])),
         ]
 
     def _to_superlink(self) -> list[str]:
@@ -261,6 +264,11 @@ class Loopback:
         with self.link.control() as control:
             return control.start(self.bundle, {"run": name})
 
+    def logs(self, size: int = 2000) -> str:
+        """The ends of all logs."""
+        logs = sorted((self.folder / "log").iterdir())
+        return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-size:]}" for log in logs)
+
     def finish(self, run: int, seconds: float = 300.0) -> str:
         """Wait for a run's end; `completed`, or `failed: EXIT`."""
         said = ("", "", "")
@@ -280,7 +288,8 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from conf.schema import Plan
 from server.exchange.flower import FlowerExchange
 from server.link import Link, Post
 from server.rounds import Run
+from server.telemetry import Meter
 from strategies import build_strategy
 from strategies.base import Study
 from strategies.code import code_digest
@@ -46,6 +47,7 @@ class Coordinator:
     sites: dict[str, str]
     wait_s: float = 20.0
     lost_after_s: float = 300.0
+    meter: Meter = field(default_factory=Meter)
 
     def conduct(self, grid: Grid, name: str) -> None:
         """Run the named run directory to its end.
@@ -70,7 +72,13 @@ class Coordinator:
             blobs=path / "blobs",
             wait_s=self.wait_s,
             lost_after_s=self.lost_after_s,
+            meter=self.meter,
         )
+
+        def watch(event: str, r: int) -> None:
+            self.meter.watch(event, r)
+            log.info("round %d of %d: %s", r, plan.federation.rounds, event)
+
         run = Run(
             study=Study.of(plan),
             strategy=build_strategy(plan),
@@ -79,7 +87,7 @@ class Coordinator:
             folder=path,
             id=about["id"],
             code=code_digest(),
-            watch=lambda event, r: log.info("round %d of %d: %s", r, plan.federation.rounds, event),
+            watch=watch,
         )
         for warning in run.warnings:
             log.warning("%s", warning)
@@ -118,12 +126,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--lost-after", type=float, default=300.0, help="seconds until a silent site has failed"
     )
+    parser.add_argument("--metrics", type=int, help="port on 127.0.0.1 for Prometheus")
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     link = Link(asked.superlink, asked.certificates.read_bytes(), asked.secret.read_bytes())
     sites = json.loads(asked.sites.read_text())
     coordinator = Coordinator(asked.runs, sites, asked.wait, asked.lost_after)
+    if asked.metrics:
+        coordinator.meter.serve(asked.metrics)
     while True:
         try:
             with link.task(asked.token) as (grid, settings):

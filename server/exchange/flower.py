@@ -18,6 +18,7 @@ from pathlib import Path
 from conf.files import write_atomic
 from server.exchange import Heard, Order
 from server.exchange.crew import accepted
+from server.telemetry import Meter
 from strategies.exact import Folded, Partial
 from strategies.letter import Answer, Call
 from strategies.protocol import Failure, Instruction, Refused, Reply, Tree, digest, pack, unpack
@@ -105,14 +106,22 @@ class FlowerExchange:
         blobs: where payloads of outstanding asynchronous jobs are kept.
         wait_s: how long a site may hold a call before it answers `pending`.
         lost_after_s: a site that cannot be reached for so long has failed in this ask.
+        meter: counts what is carried and heard.
     """
 
     def __init__(
-        self, courier: Courier, *, blobs: Path, wait_s: float = 20.0, lost_after_s: float = 300.0
+        self,
+        courier: Courier,
+        *,
+        blobs: Path,
+        wait_s: float = 20.0,
+        lost_after_s: float = 300.0,
+        meter: Meter | None = None,
     ) -> None:
         self.courier = courier
         self.wait_s = wait_s
         self.lost_after_s = lost_after_s
+        self.meter = meter or Meter()
         self._blobs = blobs
         self._standing: dict[str, _Job] = {}  # asynchronous jobs outlive their ask
         self._letters: dict[str, _Job] = {}  # of those
@@ -245,6 +254,7 @@ class _Asking:
         group = f"{self.order.round}/{self.order.ask.stage}"
         for letter, node in self.exchange.courier.send(calls, group).items():
             job = nodes[node]
+            self.exchange.meter.carried(down=len(calls[node].instruction) + len(calls[node].common))
             job.node, job.letter, job.sent = self.online[job.site], letter, now
             self.letters[letter] = job
 
@@ -284,6 +294,7 @@ class _Asking:
 
     def _fold(self, job: _Job, answer: Answer) -> None:
         ask, age = self.order.ask, self.order.round - job.instruction.round
+        self.exchange.meter.carried(up=len(answer.reply))
         reply: Reply | None = None
         try:
             reply = Reply.from_tree(unpack(answer.reply))
@@ -294,12 +305,16 @@ class _Asking:
             return
         del self.jobs[job.site]
         ask.fold.add(self.total, ask.spec, job.site, job.instruction.epoch, update, age)
-        self.heard(job.site, None)
+        self._tell(job, None)
 
     def fail(self, job: _Job, failure: Failure) -> None:
         """The site's answer does not count, and why."""
         del self.jobs[job.site]
         self.total.failures[job.site] = failure
+        self._tell(job, failure)
+
+    def _tell(self, job: _Job, failure: Failure | None) -> None:
+        self.exchange.meter.heard(failure)
         self.heard(job.site, failure)
 
     def cancel(self, jobs: Iterable[_Job]) -> None:

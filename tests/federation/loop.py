@@ -62,8 +62,7 @@ def toy_loop(folder: Path) -> Iterator[ToyLoop]:
         try:
             yield loop
         except BaseException:
-            for log in sorted((folder / "loop" / "log").iterdir()):
-                print(f"== {log.name}\n{log.read_text(errors='replace')[-3000:]}")
+            print(loop.logs())
             raise
 
 

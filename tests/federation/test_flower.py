@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,25 @@ def test_the_trainer_has_a_private_door_and_no_network(loop: ToyLoop) -> None:
         ours, theirs = (Path(f"/proc/{pid}/ns/net").readlink() for pid in ("self", trainer.pid))
         log = (loop.folder / "log" / f"trainer-{site}.log").read_text()
         assert ours != theirs or "keeps its network" in log
+
+
+def test_both_sides_show_what_they_count(loop: ToyLoop) -> None:
+    def shown(process: str) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{loop.metrics[process]}/metrics") as page:
+            lines = page.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if line[0] != "#"}
+
+    here = shown("coordinator")
+    # three runs of two rounds: each with a plan, two trainings, two validations, one test
+    assert here["wardround_rounds_total"] == 6
+    assert here["wardround_replies_total"] == 3 * 3 * 6
+    assert sum(value for name, value in here.items() if name.startswith("wardround_failures_total")) == 0
+    site = shown("agent-site_1")
+    assert site['wardround_site_calls_total{operation="train",status="reply"}'] == 3 * 6
+    assert site['wardround_site_work_total{outcome="update",stage="train"}'] == 3 * 2
+    assert site['wardround_site_bytes_total{direction="up"}'] > 0
+    everywhere = "".join([*here, *site])
+    assert not any(name in everywhere for name in (*SITES, "fedavg", "scaffold"))
 
 
 def test_a_deadline_cancels_a_long_training(loop: ToyLoop) -> None:
