@@ -20,7 +20,7 @@ from client.site import Archive, Bench, Plans, Site
 from conf.schema import Plan, Section
 from conf.table import STRICT
 from strategies import STRATEGIES
-from strategies.base import Fitted, Local, Round, Study, Tensors
+from strategies.base import Local, Round, Study, Tensors
 from strategies.mean import FedAvg
 from strategies.protocol import Tree, Update
 from tasks import TASKS
@@ -126,7 +126,7 @@ class Averaging(FedAvg):
             return super().learn(local)
         start = self.weights(local)
         moved = {key: value + 1e-3 * client(local.site) for key, value in start.items()}
-        return self.report(local, start, Fitted(moved, 0.0)), None
+        return self.report(local, start, moved), None
 
 
 @lru_cache(None)

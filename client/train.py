@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from client.policy import Policy
 from conf.schema import Plan
 from strategies import build_strategy
-from strategies.base import Correct, Fitted, Strategy, Study, Tensors, fresh_model
+from strategies.base import Correct, Strategy, Study, Tensors, fresh_model
 from strategies.protocol import Instruction, Refused, Spec, Tree
 from tasks.base import Batch, Case, Phase, Prediction
 from tasks.data.cache import Entry
@@ -177,7 +177,7 @@ class Session:
         """The tensors on the device where training happens."""
         return {name: tensor.to(self._bench.device) for name, tensor in tensors.items()}
 
-    def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Fitted:
+    def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Tensors:
         """Train from `weights`: `local.steps` steps, each over `local.batch_size` patients.
 
         Raises:
@@ -200,10 +200,8 @@ class Session:
                 for stepper in steppers:
                     if step % stepper.phase.every == 0:
                         stepper.step(next(batches) if stepper.phase.private else None, progress)
-        losses = [stepper.mean() for stepper in steppers if stepper.phase.private]
         model.zero_grad(set_to_none=True)  # room for the copy: the model goes on to other sites
-        trained = {name: tensor.detach().clone() for name, tensor in _floats(model).items()}
-        return Fitted(trained, sum(losses) / max(1, len(losses)))
+        return {name: tensor.detach().clone() for name, tensor in _floats(model).items()}
 
     def _stepper(self, phase: Phase, model: nn.Module, correct: Correct | None) -> _Stepper:
         plan = self.study.plan
@@ -302,7 +300,6 @@ class _Stepper:
         self._correct = correct
         self._parameters = parameters
         self._optimizer = optimizer
-        self._losses: list[Tensor] = []
 
     def step(self, batch: Batch | None, progress: float) -> None:
         """One step; `progress` in [0, 1) is the way through all rounds, for the schedule."""
@@ -313,27 +310,20 @@ class _Stepper:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        self._losses.append(self._backward(batch))
+        self._backward(batch)
         if local.clip_norm:
             nn.utils.clip_grad_norm_(list(self._parameters.values()), local.clip_norm)
         if self._correct is not None:
             self._correct(self._parameters)
         self._optimizer.step()
 
-    def _backward(self, batch: Batch | None) -> Tensor:
-        """Gradients of the mean loss over the batch, in chunks; returns that mean, detached."""
+    def _backward(self, batch: Batch | None) -> None:
+        """Gradients of the mean loss over the batch, in chunks."""
         device = next(iter(self._parameters.values())).device
-        total = torch.zeros((), device=device)
         for share, part in _chunks(batch, self._plan.local.micro_chunk):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                 loss = self.phase.loss(self._model, part).mean() * share
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
-
-    def mean(self) -> float:
-        """Mean loss over the steps taken."""
-        return float(torch.stack(self._losses).mean()) if self._losses else 0.0
 
 
 def _chunks(batch: Batch | None, size: int) -> Iterator[tuple[float, Batch | None]]:

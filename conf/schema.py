@@ -140,8 +140,8 @@ class Runtime(Frozen):
 
     name: Literal["local", "ray"] = "local"
     workers: int = Field(0, ge=0, le=1024, description="processes; 0 = one per core")
-    ray_address: str | None = Field(None, description="cluster to join (host:port, auto); none = start one here")
-    gpus_per_site: float = Field(0.0, ge=0, le=64, description="GPUs a worker takes, parts allowed; with ray only")
+    ray_address: str | None = Field(None, description="cluster to join; none = start one here")
+    gpus_per_site: float = Field(0.0, ge=0, le=64, description="GPUs a worker takes; ray only")
     device: str = "auto"
 
 

@@ -112,14 +112,6 @@ class Abandon(Exception):
     """Too few answers to go on with; the loop tries the round again, from the same state."""
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What local training left behind: all float tensors, and the mean loss of the private phases."""
-
-    weights: Tensors
-    loss: float
-
-
 class Local(Protocol):
     """What a site lends to a strategy's client half, for one stage."""
 
@@ -144,8 +136,8 @@ class Local(Protocol):
     def place(self, tensors: Tensors) -> Tensors:
         """The tensors on the device where training happens."""
 
-    def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Fitted:
-        """Train from `weights` on the site's training patients; random draws are those of `purpose`."""
+    def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Tensors:
+        """The weights after training from `weights` on the site's patients; draws are those of `purpose`."""
 
     def score(self, weights: Tensors, split: str) -> Tensor:
         """Summed statistics of a model on a split, as a float64 vector."""
@@ -193,7 +185,6 @@ class Strategy:
                 for group, names in self.groups(study).items()
                 for name in names
             }
-            tensors["loss/train"] = ((), torch.float32)
             return Spec(tensors, federation.max_weight, federation.max_value)
         if kind == "trivial" and detail in (trivial := study.task.trivial()):
             sums = trivial[detail].zero()
@@ -251,21 +242,19 @@ class Strategy:
     def learn(self, local: Local) -> tuple[Update, Tree | None]:
         """Local training and its report."""
         start = self.weights(local)
-        fitted = local.fit(start, correct=self.correction(local, start))
-        return self.report(local, start, fitted), self.keep(local, fitted)
+        trained = local.fit(start, correct=self.correction(local, start))
+        return self.report(local, start, trained), self.keep(local, trained)
 
     def correction(self, local: Local, start: Tensors) -> Correct | None:
         """What this algorithm adds to the gradients of a step."""
         return None
 
-    def report(self, local: Local, start: Tensors, fitted: Fitted) -> Update:
+    def report(self, local: Local, start: Tensors, trained: Tensors) -> Update:
         """What goes up after training."""
-        tensors = {f"delta/{n}": fitted.weights[n] - start[n] for n in self.shared(local.study)}
-        bound = local.study.plan.federation.max_value
-        tensors["loss/train"] = torch.tensor(max(min(fitted.loss, bound), -bound), dtype=torch.float32)
-        return Update(tensors, local.weight)
+        names = self.shared(local.study)
+        return Update({f"delta/{n}": trained[n] - start[n] for n in names}, local.weight)
 
-    def keep(self, local: Local, fitted: Fitted) -> Tree | None:
+    def keep(self, local: Local, trained: Tensors) -> Tree | None:
         """The site's private state after training."""
         return None
 

@@ -10,7 +10,7 @@ from annotated_types import Ge
 from torch import nn
 
 from conf.table import STRICT
-from strategies.base import Correct, Fitted, Local, Strategy, Study, Tensors
+from strategies.base import Correct, Local, Strategy, Study, Tensors
 from strategies.protocol import Tree
 
 
@@ -50,9 +50,5 @@ class FedBN(Strategy):
     def shared(self, study: Study) -> tuple[str, ...]:
         return tuple(name for name in study.initial if name not in study.norms)
 
-    def keep(self, local: Local, fitted: Fitted) -> Tree:
-        return {
-            "private": {
-                name: fitted.weights[name] for name in sorted(local.study.norms & fitted.weights.keys())
-            }
-        }
+    def keep(self, local: Local, trained: Tensors) -> Tree:
+        return {"private": {name: trained[name] for name in sorted(local.study.norms & trained.keys())}}

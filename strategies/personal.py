@@ -37,7 +37,7 @@ class Ditto(Strategy):
                     p.grad.add_(p.detach() - shared[name], alpha=self.lam)
 
         mine = local.fit(self.personal(local) or shared, correct=pull, purpose="personal")
-        return update, {"personal": mine.weights}
+        return update, {"personal": mine}
 
     def personal(self, local: Local) -> Tensors | None:
         mine: Tensors | None = local.state.get("personal")

@@ -29,6 +29,7 @@ Epoch = tuple[int, int]
 """(round, attempt): the time of a federation."""
 
 _TENSOR = "$tensor"
+_INCIDENT = re.compile(r"[0-9a-f]{0,8}")  # no room for words
 _META = "wardround"
 _MAX_DEPTH = 32
 
@@ -192,7 +193,7 @@ class Reply:
         """
         match tree:
             case {"site": str(site), "failure": [str(code), str(incident)], **rest}:
-                if not rest and code in CODES and len(incident) <= 16:
+                if not rest and code in CODES and _INCIDENT.fullmatch(incident):
                     return cls(site, Failure(code, incident))
             case {"site": str(site), "update": update, **rest} if not rest:
                 return cls(site, Update.from_tree(update))

@@ -66,9 +66,9 @@ class Scaffold(Strategy):
                     p.grad.add_(shift[name])
 
         start = self.weights(local)
-        fitted = local.fit(start, correct=steer)
+        trained = local.fit(start, correct=steer)
         new = {n: (g / max(1, steps[n])).float() for n, g in seen.items()}
-        update = self.report(local, start, fitted)
+        update = self.report(local, start, trained)
         change: dict[str, Tensor] = {f"control/{n}": new[n] - old[n] for n in new}
         return Update({**update.tensors, **change}, update.weight), {"control": new}
 

@@ -60,7 +60,7 @@ class Prediction:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def everything(name: str) -> bool:
+def everything(_: str) -> bool:
     """Every parameter: what a phase with one model trains."""
     return True
 

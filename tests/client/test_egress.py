@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from client.train import Session
 from server.exchange.crew import accepted
 from strategies.mean import FedAvg
 from strategies.protocol import Failure, Refused, Reply, Update, pack
@@ -139,14 +138,3 @@ def test_a_diverging_model_is_refused(ram: Path) -> None:
     desk = Desk(ram, toy_plan())
     assert code(desk.ask(model={"w": torch.full((3,), 1e4)})) == "range"
     assert code(desk.ask(desk.asked(attempt=1), model={"w": torch.full((3,), torch.nan)})) == "finite"
-
-
-@pytest.mark.parametrize(("loss", "told"), [(1e9, 64.0), (-1e9, -64.0), (0.25, 0.25)])
-def test_a_loss_is_told_up_to_the_largest_value(
-    loss: float, told: float, ram: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    true = Session.fit
-    monkeypatch.setattr(Session, "fit", lambda *a, **k: replace(true(*a, **k), loss=loss))
-    reply = Desk(ram, toy_plan()).ask()
-    assert isinstance(reply.body, Update)
-    assert float(reply.body.tensors["loss/train"]) == told

@@ -11,7 +11,7 @@ from typing import Any
 
 from client.train import Bench, Session
 from client.trainer import leave_network, serve
-from strategies.base import Fitted
+from strategies.base import Tensors
 from tasks import TASKS
 from tests.toys import TOYS, Toys, toy_cases, toy_plan
 
@@ -27,7 +27,7 @@ def main() -> None:
     orders = folder / "orders.json"
     fit = Session.fit
 
-    def told(session: Session, *arguments: Any, **named: Any) -> Fitted:
+    def told(session: Session, *arguments: Any, **named: Any) -> Tensors:
         """Train as always, after noting it and doing what `orders.json` says of this round."""
         with (own / "trained").open("a") as file:
             file.write(f"{session.round}\n")

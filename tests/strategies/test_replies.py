@@ -162,7 +162,7 @@ def test_a_failure_needs_its_site_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_every_code_travels_and_comes_back_as_it_is(code: str) -> None:
-    tree = unpack(pack(Reply("a", Failure(code, "0123456789abcdef")).to_tree()))
+    tree = unpack(pack(Reply("a", Failure(code, "01234567")).to_tree()))
     with pytest.raises(Refused, match=code) as refusal:
         judge(tree)
     assert refusal.value.code == code

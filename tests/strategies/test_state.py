@@ -152,7 +152,7 @@ class Faulty:
             return Reply(instruction.site, Failure("memory"))
         reply = self.site.handle(instruction, common)
         if instruction.epoch in self.spoil and isinstance(reply.body, Update):
-            bad = {**reply.body.tensors, "loss/train": torch.tensor(torch.nan)}
+            bad = {name: tensor * torch.nan for name, tensor in reply.body.tensors.items()}
             return replace(reply, body=replace(reply.body, tensors=bad))
         return reply
 

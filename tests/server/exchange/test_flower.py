@@ -87,7 +87,7 @@ class Wire(Courier):
             case "garbage":
                 return Answer("reply", key, b"garbage")
             case "nan":
-                nan = Update({"delta/w": torch.full((3,), torch.nan), "loss/train": torch.zeros(())}, 2)
+                nan = Update({"delta/w": torch.full((3,), torch.nan)}, 2)
                 return Answer("reply", key, pack(Reply(name, nan).to_tree()))
             case "another's key":
                 return Answer("reply", "1" * 64, reply)
