@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SubStatus
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
@@ -97,11 +97,14 @@ class Post(Courier):
 
     def send(self, calls: Mapping[int, Call], group: str) -> dict[str, int]:
         """Post one call to each node; returns the number of its letter, where it was taken."""
-        nodes = list(calls)
-        messages = [
-            Message(calls[node].to_content(), dst_node_id=node, message_type="train", group_id=group)
-            for node in nodes
-        ]
+        nodes, messages = list(calls), []
+        shared: dict[int, ArrayRecord] = {}
+        for node, call in calls.items():
+            content = call.to_content()
+            for name, record in content.array_records.items():
+                # one object for one payload: Flower cuts each object into pieces, which are copies
+                content[name] = shared.setdefault(id(call.common), record)
+            messages.append(Message(content, dst_node_id=node, message_type="train", group_id=group))
         ids = self._grid.push_messages(messages)
         return {id: node for id, node in zip(ids, nodes, strict=False) if id}
 
