@@ -64,7 +64,8 @@ class Partial:
     """An unfinished fold: mergeable, in any order.
 
     Attributes:
-        ring: int64, flat, still with the magic's bits. rows: of a `Collect`, where each answer lies.
+        ring: int64, flat, still with the magic's bits. file: where it lies too, if another process wrote it:
+            read from there, it takes no memory here. rows: of a `Collect`, where each answer lies.
     """
 
     ring: Tensor | None = None
@@ -73,6 +74,17 @@ class Partial:
     sites: dict[str, Epoch] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     rows: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    file: Path | None = None
+
+    def blocks(self, ring: Tensor) -> Iterator[Tensor]:
+        """The ring, in pieces that fit in a cache."""
+        if self.file is None:
+            yield from torch.split(ring, _BLOCK)
+            return
+        piece = bytearray(8 * _BLOCK)
+        with self.file.open("rb", buffering=0) as file:
+            while count := file.readinto(piece):
+                yield torch.frombuffer(piece, dtype=torch.int64, count=count // 8)
 
     def _join(self, other: Partial) -> None:
         self.adds += other.adds
@@ -143,8 +155,11 @@ class Sum:
             raise ValueError(f"a sum has room for {MAX_ADDS} answers")
         if not into.adds:
             into.ring = other.ring
-        elif other.adds:
-            into.ring += other.ring
+        elif other.adds and other.ring.numel():
+            for mine, theirs in zip(torch.split(into.ring, _BLOCK), other.blocks(other.ring), strict=True):
+                mine += theirs
+        if other.file is not None:
+            other.file.unlink()
         into._join(other)
 
     def finish(self, partial: Partial, spec: Spec) -> Total:

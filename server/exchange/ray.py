@@ -134,8 +134,7 @@ class _Handle:
         partial, ring = _get(self._finish) if self._folded is None else self._folded
         self._finish = self._folded = None
         if isinstance(ring, str):
-            partial.ring = mapped(ring, self._size, torch.int64)
-            Path(ring).unlink()
+            partial.ring, partial.file = mapped(ring, self._size, torch.int64), Path(ring)
         elif ring is not None:  # from another machine; sums are added to, the object store is read-only
             partial.ring = _tensor(ring, torch.int64, ring.shape).clone()
         folded: Partial = partial

@@ -95,8 +95,7 @@ class _Forked:
     def partial(self) -> Partial:
         partial, path = self._receive()
         if path is not None:
-            partial.ring = mapped(path, self._size, torch.int64)
-            Path(path).unlink()
+            partial.ring, partial.file = mapped(path, self._size, torch.int64), Path(path)
         folded: Partial = partial
         return folded
 

@@ -19,8 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.exchange import Order
+from server.exchange.local import LocalExchange
+from strategies.base import Ask
 from strategies.exact import Collect, Fold, Folded, Sum, Total
-from strategies.protocol import Spec, Update
+from strategies.protocol import Instruction, Reply, Spec, Tree, Update
 from strategies.robust import median
 
 SHAPES = {"a": (1024, 1024), "b": (3, 64, 64, 256), "c": (64,)}  # 4.2 million parameters, 16.8 MB
@@ -28,7 +31,7 @@ SPEC = Spec({f"delta/{n}": (shape, torch.float32) for n, shape in SHAPES.items()
 
 
 @pytest.mark.federation
-@pytest.mark.parametrize("kind", ["sum", "median"])
+@pytest.mark.parametrize("kind", ["sum", "median", "workers"])
 def test_a_fold_stays_under_four_models(kind: str) -> None:
     done = subprocess.run(
         [sys.executable, __file__, kind],
@@ -83,6 +86,26 @@ def fold_all(fold: Fold, path: str, pipe: Connection, sites: int) -> Folded:
     return fold.finish(partial, SPEC)
 
 
+class Far:
+    """A site in a worker: the coordinator sees only what it folded to."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def handle(self, instruction: Instruction, common: Tree) -> Reply:
+        value = 0.5 * (int(self.name[1:]) % 7 - 3)
+        tensors = {name: torch.full(shape, value) for name, (shape, _) in SPEC.tensors.items()}
+        return Reply(self.name, Update(tensors, 3))
+
+
+def exchanged(sites: int, folder: str) -> Folded:
+    names = tuple(f"s{index}" for index in range(sites))
+    ask = Ask(names, "train", {}, SPEC)
+    asked = {name: Instruction("run", 1, 0, "train", name, None, "", "", "") for name in names}
+    with LocalExchange(Far, blobs=Path(folder), seed=0, workers=3) as exchange:
+        return exchange(Order(ask, 1, asked), lambda *_: None)
+
+
 def applied(folded: Folded) -> dict[str, Tensor]:
     """The mean or the median, as the next model would be made of it."""
     if isinstance(folded, Total):
@@ -101,7 +124,7 @@ def resident(key: str) -> float:
 
 def main(kind: str) -> None:
     torch.set_num_threads(1)
-    fold: Fold = Sum() if kind == "sum" else Collect()
+    fold: Fold = Collect() if kind == "median" else Sum()
     warm = Spec({"delta/a": ((100,), torch.float32)}, 1, 1.0)  # code that is paged in at its first use
     partial = fold.start(warm)
     update = Update({"delta/a": torch.zeros(100)})
@@ -111,12 +134,16 @@ def main(kind: str) -> None:
     gc.collect()
     before = resident("VmRSS")
     for sites in (4, 24):
-        with answers() as (path, pipe):
-            model = applied(fold_all(fold, path, pipe, sites))
+        if kind == "workers":
+            with tempfile.TemporaryDirectory() as folder:
+                model = applied(exchanged(sites, folder))
+        else:
+            with answers() as (path, pipe):
+                model = applied(fold_all(fold, path, pipe, sites))
         print((resident("VmHWM") - before) / (4 * SPEC.size))
         values = sorted(0.5 * (i % 7 - 3) for i in range(sites))
         middle = (values[(sites - 1) // 2] + values[sites // 2]) / 2
-        expected = sum(values) / sites if kind == "sum" else middle
+        expected = middle if kind == "median" else sum(values) / sites
         assert all(abs(float(x) - expected) < 1e-6 for t in model.values() for x in torch.aminmax(t))
         del model
 
