@@ -5,7 +5,7 @@ DATA ?= ../shared/data
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test unit federation loopback lint experiments bench
+.PHONY: setup demo test unit federation chaos loopback lint experiments bench
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -28,6 +28,10 @@ unit: $(READY)
 
 federation: $(READY)
 	$(BIN)/python -m pytest -m federation
+
+# every kill point and length, before a release
+chaos: $(READY)
+	WARDROUND_CHAOS=1 $(BIN)/python -m pytest -m federation
 
 loopback: $(READY)
 	$(BIN)/python -m deploy.loopback
