@@ -110,7 +110,7 @@ class Bench:
             self._optimizers.clear()  # they hold the old model's parameters
             model = fresh_model(study.plan, study.task).to(self.device)
             if self.device.type == "cuda":
-                model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                channels_last(model)
             floats = _floats(model)
             counters = [(b, b.clone()) for name, b in model.named_buffers() if name not in floats]
             self._model = study.digest, model, counters
@@ -276,6 +276,17 @@ class Session:
             for name, tensor in weights.items():
                 here[name].copy_(tensor)
         return model
+
+
+def channels_last(model: nn.Module) -> None:
+    """Lay convolutions' weights out with their channels last: what a GPU's matrix units want.
+
+    `Module.to(memory_format=…)` takes one format for all, and fails on weights of the other rank.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
 
 
 def _floats(model: nn.Module) -> Tensors:

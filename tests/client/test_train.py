@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from client.policy import Policy
-from client.train import Archive, Bench, Session
+from client.train import Archive, Bench, Session, channels_last
 from conf.schema import Plan
 from strategies.base import Study, fresh_model
 from strategies.protocol import Instruction, Refused
@@ -379,3 +379,16 @@ def test_without_patients_there_is_nothing_to_do() -> None:
         here.score({"w": torch.zeros(3)}, "test")
     with pytest.raises(Refused, match="data: no patient"):
         here.accumulate("constant")
+
+
+@pytest.mark.parametrize(("dimensions", "layout"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
+def test_weights_are_laid_out_for_a_gpu_without_changing_the_model(
+    dimensions: int, layout: torch.memory_format
+) -> None:
+    first = nn.Conv2d(2, 3, 3) if dimensions == 2 else nn.Conv3d(2, 3, 3)
+    model = nn.Sequential(first, nn.Flatten(), nn.LazyLinear(1))
+    image = torch.randn(1, 2, *[5] * dimensions)
+    before = model(image)
+    channels_last(model)
+    assert first.weight.is_contiguous(memory_format=layout)
+    assert torch.allclose(model(image), before, atol=1e-6)
