@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,20 @@ from tests.toys import TOYS
 TASKS._entries.update(TOYS)
 
 
-def shared_data(name: str) -> Path:
-    """A folder of real data; its absence is a loud skip here, a failure in CI."""
-    root = Path(os.environ.get("WARDROUND_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not (root / name).is_dir():
-        message = f"real data {name} is not in {root}; set WARDROUND_TEST_DATA to the folder that holds it"
+@pytest.fixture(scope="session")
+def real() -> Callable[[str], Path]:
+    """A real data set by name; missing, it is a loud skip here and a failure in CI."""
+
+    def find(name: str) -> Path:
+        root = Path(os.environ.get("WARDROUND_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+        if (root / name).is_dir():
+            return root / name
+        message = f"data set {name} is not below {root}; set WARDROUND_TEST_DATA"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
-    return root / name
+
+    return find
 
 
 def _in_memory() -> Iterator[Path]:

@@ -1,6 +1,5 @@
 import csv
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +220,9 @@ def test_trivial_sums_skip_unannotated_cases(name: str) -> None:
 
 
 @pytest.mark.parametrize(("site", "dice"), [("montgomery_us", 0.742), ("shenzhen_cn", 0.790)])
-def test_atlas_of_real_lungs(site: str, dice: float) -> None:
+def test_atlas_of_real_lungs(site: str, dice: float, real: Callable[[str], Path]) -> None:
     """The figures known for this set (issue 3), from the training split of both hospitals."""
-    root = Path(os.environ.get("WARDROUND_TEST_DATA", "../shared/data")) / "lung_cxr_2site"
-    if not root.is_dir():
-        if os.environ.get("CI") == "true":
-            pytest.fail("lung_cxr_2site is missing; set WARDROUND_TEST_DATA")
-        pytest.skip("lung_cxr_2site is missing; set WARDROUND_TEST_DATA to the folder that holds it")
+    root = real("lung_cxr_2site")
     task = built({"classes": ["background", "lung"], "patch": [8, 8]})
     with (root / "manifest.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,3 @@
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,24 +7,6 @@ from conf.schema import Columns
 from tasks.data.cache import Cache
 from tasks.data.ingest import Report, ingest
 from tasks.data.source import LabelMap
-
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="session")
-def real() -> Callable[[str], Path]:
-    """A real data set by name; missing, it is a loud skip here and a failure in CI."""
-
-    def find(name: str) -> Path:
-        root = Path(os.environ.get("WARDROUND_TEST_DATA", ROOT.parent / "shared" / "data"))
-        if (root / name).is_dir():
-            return root / name
-        message = f"data set {name} is not below {root}; set WARDROUND_TEST_DATA"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-
-    return find
 
 
 @pytest.fixture
