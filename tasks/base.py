@@ -34,6 +34,7 @@ class Case:
         affine: 4x4 float64, array index to RAS+ mm (2D: rows and columns, identity scale if unknown).
         spacing: mm, one per spatial axis.
         labels: name to number. table: clinical columns. groups: coded columns for subgroup scores.
+        units: of the image's values: `HU`, `SUVbw`, or empty.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Case:
     labels: Mapping[str, float] = field(default_factory=dict)
     table: Mapping[str, float] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
+    units: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from tasks.data.source import Raw
 if TYPE_CHECKING:
     from tasks.base import Case
 
-VERSION = 1
+VERSION = 2
 IMAGE, MASK = "image", "mask"  # the names under which a case carries its picture and its annotation
 
 
@@ -121,18 +121,21 @@ class Cache:
             with safe_open(self._path(entry.digest), framework="pt") as file:
                 facts = json.loads(file.metadata()["case"])
                 names = set(file.keys())
-                image = file.get_tensor(IMAGE).to(torch.float32)
+                images = {IMAGE: file.get_tensor(IMAGE).to(torch.float32)} if IMAGE in names else {}
                 masks = {MASK: file.get_tensor(MASK)} if MASK in names else {}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(entry, str(error)) from None
         return Case(
             key=entry.key,
             patient=entry.patient,
-            images={IMAGE: image},
+            images=images,
             masks=masks,
             affine=torch.tensor(facts["affine"], dtype=torch.float64),
             spacing=tuple(facts["spacing"]),
+            labels=facts["labels"],
+            table=facts["table"],
             groups=dict(entry.groups),
+            units=facts["units"],
         )
 
     def verify(self) -> None:
@@ -152,8 +155,14 @@ class Cache:
 
     def put(self, raw: Raw) -> str:
         """Keep a case's arrays durably; nothing refers to them yet. Returns the digest."""
-        facts = {"affine": raw.affine.tolist(), "spacing": list(raw.spacing)}
-        arrays = {IMAGE: raw.image} if raw.mask is None else {IMAGE: raw.image, MASK: raw.mask}
+        facts = {
+            "affine": raw.affine.tolist(),
+            "spacing": list(raw.spacing),
+            "labels": dict(raw.labels),
+            "table": dict(raw.table),
+            "units": raw.units,
+        }
+        arrays = {n: a for n, a in ((IMAGE, raw.image), (MASK, raw.mask)) if a is not None}
         blob = safetensors.numpy.save(arrays, {"case": _canonical(facts)})
         digest = hashlib.sha256(blob).hexdigest()
         path = self._path(digest)

@@ -196,7 +196,7 @@ def _ingest_one(case: Found, cache: Cache, patient: str, stamp: str, label_map: 
         site=case.site,
         split=case.split,
         digest=digest,
-        shape=raw.image.shape,
+        shape=() if raw.image is None else raw.image.shape,
         groups=dict(raw.groups),
         source=case.source,
     )

@@ -56,15 +56,20 @@ class Raw:
     """One case as its files hold it.
 
     Attributes:
-        image: `CHW[D]`. mask: `HW[D]` uint8 classes. affine: 4x4, array index to RAS+ mm.
-        spacing: mm, in array order. groups: coded columns.
+        image: `CHW[D]`; None where a case is a row of a table alone. mask: `HW[D]` uint8 classes.
+        affine: 4x4, array index to RAS+ mm. spacing: mm, in array order. groups: coded columns.
+        labels: class or value by name. table: clinical columns by name; what is missing is absent.
+        units: `HU`, `SUVbw`, or empty: values as stored.
     """
 
-    image: Array
+    image: Array | None
     mask: Array | None
     affine: Array
     spacing: tuple[float, ...]
     groups: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, float] = field(default_factory=dict)
+    table: Mapping[str, float] = field(default_factory=dict)
+    units: str = ""
 
 
 @dataclass(frozen=True)
