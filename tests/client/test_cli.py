@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.cli import app, parse_label_map
+from client.cli import app
+from client.commands.ingest import parse_label_map
 from conf.console import code
 from conf.exits import Exit, Stop
 from tasks.data.cache import Cache
