@@ -110,6 +110,7 @@ def test_every_pixel_lies_where_the_header_says(tmp_path: Path, axes: np.ndarray
     assert (np.diag(raw.affine)[:3] > 0).all()
     assert np.allclose(sorted(raw.spacing), [0.75, 1.5, 2.5], atol=1e-5)
     assert raw.mask is not None
+    assert raw.image is not None
     assert raw.image.dtype == np.int16
     for k, r, c in np.ndindex(STORED.shape):
         index = np.linalg.solve(raw.affine, [*world(axes, k, r, c), 1])[:3]
@@ -125,6 +126,7 @@ def test_fractional_slopes_are_applied_slice_by_slice(tmp_path: Path) -> None:
 
     raw = read_series(write(tmp_path, change=slope, truth=None), None, None)
     wanted = STORED * (0.5 + np.arange(SLICES))[:, None, None] - 1024
+    assert raw.image is not None
     assert np.array_equal(raw.image[0], wanted.transpose(2, 1, 0)[::-1, ::-1].astype(np.float32))
 
 

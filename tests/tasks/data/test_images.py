@@ -26,6 +26,7 @@ def write(path: Path, values: np.ndarray) -> Path:
 def test_stored_values_come_back(tmp_path: Path, suffix: str, values: np.ndarray) -> None:
     raw = read_pair(write(tmp_path / f"a.{suffix}", values), None, None)
     wanted = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    assert raw.image is not None
     assert np.array_equal(raw.image, wanted.astype(np.float32))
     assert raw.image.flags["C_CONTIGUOUS"]
     assert raw.spacing == (1.0, 1.0)
@@ -34,18 +35,21 @@ def test_stored_values_come_back(tmp_path: Path, suffix: str, values: np.ndarray
 
 def test_jpeg_decodes_as_pillow_does(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jpeg", COLOUR)
-    assert np.array_equal(read_pair(path, None, None).image, np.asarray(Image.open(path)).transpose(2, 0, 1))
+    raw = read_pair(path, None, None)
+    assert raw.image is not None
+    assert np.array_equal(raw.image, np.asarray(Image.open(path)).transpose(2, 0, 1))
 
 
 def test_alpha_is_dropped_and_palettes_are_colours_in_images_but_numbers_in_masks(tmp_path: Path) -> None:
     rgba = np.concatenate([COLOUR, GRAY[..., None]], axis=-1)
-    assert np.array_equal(
-        read_pair(write(tmp_path / "a.png", rgba), None, None).image, COLOUR.transpose(2, 0, 1)
-    )
+    raw = read_pair(write(tmp_path / "a.png", rgba), None, None)
+    assert raw.image is not None
+    assert np.array_equal(raw.image, COLOUR.transpose(2, 0, 1))
     indexed = Image.frombytes("P", (7, 5), (GRAY % 3).tobytes())
     indexed.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     indexed.save(tmp_path / "p.png")
     raw = read_pair(tmp_path / "p.png", tmp_path / "p.png", None)
+    assert raw.image is not None
     assert raw.image.shape == (3, 5, 7)
     assert np.array_equal(raw.image[0], 10 + 30 * (GRAY % 3))
     assert raw.mask is not None

@@ -47,6 +47,7 @@ def test_every_voxel_stays_where_it_was_in_the_patient(
     affine[:3, 3] = draw.uniform(-50, 50, 3)
     raw = read_pair(*pair(tmp_path_factory.mktemp("n"), image, mask, affine, affine), None)
     assert is_ras(raw.affine)
+    assert raw.image is not None
     assert np.allclose(raw.spacing, np.diag(raw.affine)[:3], rtol=1e-6)
     for index in np.ndindex(image.shape):
         world = affine @ [*index, 1.0]
@@ -58,6 +59,7 @@ def test_every_voxel_stays_where_it_was_in_the_patient(
 def test_an_oblique_grid_is_turned_not_resampled(tmp_path: Path) -> None:
     image = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
     raw = read_pair(write(tmp_path / "a.nii.gz", image, OBLIQUE), None, None)
+    assert raw.image is not None
     assert sorted(raw.image.ravel()) == list(range(60))
     assert raw.image.dtype == np.uint8
     assert np.allclose(sorted(raw.spacing), sorted(np.linalg.norm(OBLIQUE[:3, :3], axis=0)))
@@ -70,6 +72,7 @@ def test_scaled_values_are_those_nibabel_scales(tmp_path: Path) -> None:
     image.header.set_slope_inter(0.5, -3)  # type: ignore[no-untyped-call]
     nib.save(image, tmp_path / "a.nii")
     raw = read_pair(tmp_path / "a.nii", None, None)
+    assert raw.image is not None
     assert np.array_equal(raw.image[0], values * np.float32(0.5) - 3)
 
 
@@ -86,6 +89,7 @@ def test_a_mask_stored_in_another_order_is_the_same_mask(tmp_path: Path) -> None
 def test_channels_come_first(tmp_path: Path) -> None:
     image = np.arange(48, dtype=np.float32).reshape(2, 3, 4, 2) + 0.5
     raw = read_pair(*pair(tmp_path, image, np.zeros((2, 3, 4, 1), np.uint8), np.eye(4), np.eye(4)), None)
+    assert raw.image is not None
     assert np.array_equal(raw.image, np.moveaxis(image, 3, 0))
     assert raw.mask is not None
     assert raw.mask.shape == (2, 3, 4)
