@@ -18,6 +18,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_modality_lut
 
+from tasks.data.deident import facts
 from tasks.data.discover import kind
 from tasks.data.labels import read_seg
 from tasks.data.nifti import spacing_of
@@ -32,19 +33,6 @@ _TAGS = ["SOPClassUID", "SeriesInstanceUID", "PatientID", "Rows", "ReferencedSer
 TOLERANCE = 0.05
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-#: substring of (0008,0070) Manufacturer, lower case, to the coded column
-_MANUFACTURERS = {
-    "ge medical": "ge",
-    "ge healthcare": "ge",
-    "siemens": "siemens",
-    "philips": "philips",
-    "canon": "canon",
-    "toshiba": "canon",
-    "fujifilm": "fujifilm",
-    "hitachi": "fujifilm",
-    "united imaging": "united_imaging",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ def read_series(slices: Sequence[Path], seg: Path | None, label_map: LabelMap) -
     if mask is not None:
         mask = _turned(mask, turn)
     volume = _turned(volume, turn)
-    return Raw(stored(volume[None]), mask, ras, spacing_of(ras), _groups(datasets[0]))
+    return Raw(stored(volume[None]), mask, ras, spacing_of(ras), facts(datasets[0]))
 
 
 def _turn(affine: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -246,19 +234,3 @@ def _check_gaps(positions: Array, normal: Array, pixel_mm: float) -> None:
     middle = float(np.median(gaps))
     if np.abs(gaps - middle).max() > TOLERANCE * middle or np.abs(depth - even).max() > TOLERANCE * middle:
         raise Faulty(Reason.UNEVEN, f"slice distances run from {gaps.min():.4g} to {gaps.max():.4g} mm")
-
-
-def _groups(dataset: Dataset) -> dict[str, str]:
-    """The only facts kept of a header, all coded."""
-    maker = str(dataset.get("Manufacturer") or "").lower()
-    sex = str(dataset.get("PatientSex") or "").upper()
-    age = str(dataset.get("PatientAge") or "").upper()  # PS3.5 6.2: AS, as in 041Y
-    years = int(age[:3]) if len(age) == 4 and age[:3].isdecimal() and age[3] == "Y" else None
-    if years is None and len(age) == 4 and age[:3].isdecimal() and age[3] in "DWM":
-        years = 0
-    decade = "" if years is None else "90+" if years >= 90 else f"{years // 10 * 10}-{years // 10 * 10 + 9}"
-    return {
-        "manufacturer": next((code for text, code in _MANUFACTURERS.items() if text in maker), "other"),
-        "sex": sex if sex in ("M", "F", "O") else "",
-        "age": decade,
-    }

@@ -40,6 +40,9 @@ class Reason(StrEnum):
     MIXED = "mixed slices"
     REPEATED = "repeated slice positions"
     MASK_KIND = "unsupported mask"
+    BURNED_IN = "pixels to be reviewed"
+    OBJECT = "unsupported kind of object"
+    EXISTS = "already there"
 
 
 class Faulty(ValueError):
