@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError
 
+from client.pacs.settings import Pacs
 from client.policy import Policy
 from client.site import Plans, Site
 from client.train import Archive, Bench
@@ -22,7 +24,7 @@ class SiteFile(Frozen):
 
     Attributes:
         cache: what `wardround-site ingest` made. state: plans, replies, private states, incidents.
-        socket: where the trainer listens.
+        socket: where the trainer listens. pacs: the archive that `ingest --pacs` asks.
     """
 
     name: SiteName
@@ -31,6 +33,7 @@ class SiteFile(Frozen):
     socket: Path = Path("run/trainer.sock")
     device: str = "auto"
     policy: Policy = Policy()
+    pacs: Pacs | None = None
     val_fraction: float = Field(0.1, ge=0, lt=1)
     test_fraction: float = Field(0.2, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
@@ -49,7 +52,9 @@ class SiteFile(Frozen):
         except (OSError, yaml.YAMLError) as error:
             raise Stop(Exit.CONFIG, f"{path} cannot be read ({type(error).__name__}: {error})") from None
         here = path.absolute().parent
-        places = {name: here / getattr(read, name) for name in ("cache", "state", "socket")}
+        places: dict[str, Any] = {n: here / getattr(read, n) for n in ("cache", "state", "socket")}
+        if read.pacs is not None:
+            places["pacs"] = read.pacs.placed(here)
         return read.model_copy(update=places)
 
     def site(self, bench: Bench) -> Site:

@@ -31,6 +31,11 @@ class Exit(IntEnum):
     SITE_REFUSED = 41
     SITE_BUSY = 42
     LINK = 43
+    PACS_AWAY = 50
+    PACS_REFUSED = 51
+    PACS_AUTH = 52
+    PACS_PARTLY = 53
+    PACS_EMPTY = 54
     INTERRUPTED = 130
 
 
@@ -56,6 +61,11 @@ HELP: dict[Exit, str] = {
     Exit.SITE_REFUSED: "a site refused the plan; its code is in the message",
     Exit.SITE_BUSY: "another trainer serves this site already; stop it first",
     Exit.LINK: "SuperLink or a key to it is not what this process needs; the message says which",
+    Exit.PACS_AWAY: "the archive (PACS) cannot be reached or went away; what came is kept: pull again",
+    Exit.PACS_REFUSED: "the archive refuses this site or what it asks; check address, AE titles and query",
+    Exit.PACS_AUTH: "the archive wants other credentials, or a certificate is not trusted",
+    Exit.PACS_PARTLY: "the archive did not give some instances; the others are kept: pull again for them",
+    Exit.PACS_EMPTY: "nothing in the archive matches the query",
     Exit.INTERRUPTED: "interrupted; wardround resume continues the run",
 }
 
