@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Scalar = bool | int | float | str | None
 Value = Scalar | list[Scalar] | dict[str, Scalar]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+
+
+def _own(name: object) -> object:
+    """Keys of JSON are texts: one that is a whole number is that number."""
+    return int(name) if isinstance(name, str) and re.fullmatch(r"-?\d{1,9}", name) else name
+
+
+#: a number or name as a site's files hold it
+Own = Annotated[int | str, BeforeValidator(_own)]
 
 
 class Frozen(BaseModel):
@@ -98,13 +108,70 @@ class Plan(Frozen):
 
 
 class Columns(Frozen):
-    """Names of the manifest's columns."""
+    """The manifest's columns, and what cases without a manifest have in their place.
 
-    image: str = "image"
+    Attributes:
+        image: paths; none where a case is a row of the table alone.
+        label: paths of masks, or classes: class columns where not every cell ends in a known suffix.
+        labels: further columns of classes or values to predict.
+        table: clinical columns with their type: `number`, or the list of categories.
+        attribute: DICOM keyword whose text is the class, for series without a manifest.
+        pages: what a TIFF of several pages is.
+    """
+
+    image: str | None = "image"
     label: str | None = "label"
     patient: str | None = None
     site: str | None = None
     split: str | None = None
+    labels: tuple[str, ...] = ()
+    table: dict[str, Literal["number"] | tuple[str, ...]] = Field(default_factory=dict)
+    attribute: str | None = None
+    pages: Literal["refuse", "volume"] = "refuse"
+
+
+class Label(Frozen):
+    """One class of the federation.
+
+    Attributes:
+        value: what masks and class labels hold. code: scheme, value and meaning, such as
+            `[SCT, "10200004", Liver]`.
+    """
+
+    name: str = Field(min_length=1, max_length=64)
+    value: int = Field(ge=0, le=255)
+    code: tuple[str, str, str] | None = None
+
+
+class Labels(Frozen):
+    """The federation's label dictionary, and a site's own names for it.
+
+    Attributes:
+        names: to the dictionary's name, from a file value, a segment's number, label or `scheme:code`, the
+            name of a ROI, or a class's text. The dictionary's own names and codes need no line here.
+        unmapped: what happens to a case with another label.
+        annotates: the classes this site looks for; none = all of the dictionary.
+        threshold: share of the maximum from which a voxel of a FRACTIONAL segmentation belongs to it.
+    """
+
+    dictionary: tuple[Label, ...] = ()
+    names: dict[Own, str] = Field(default_factory=dict)
+    unmapped: Literal["refuse", "ignore"] = "refuse"
+    annotates: tuple[str, ...] | None = None
+    threshold: float = Field(0.5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_dictionary(self) -> Labels:
+        for what in ("name", "value"):
+            seen = [getattr(label, what) for label in self.dictionary]
+            if twice := sorted({str(s) for s in seen if seen.count(s) > 1}):
+                raise ValueError(f"labels.dictionary has the {what} {', '.join(twice)} twice")
+        known = [label.name for label in self.dictionary]
+        for where, used in (("names", self.names.values()), ("annotates", self.annotates or ())):
+            if other := sorted(set(used) - set(known)):
+                listed = ", ".join(known) or "none"
+                raise ValueError(f"labels.{where} has {', '.join(other)}; labels.dictionary has {listed}")
+        return self
 
 
 class Data(Frozen):
@@ -114,8 +181,8 @@ class Data(Frozen):
     cache: str | None = None
     manifest: str | None = Field(None, description="CSV below root; none = DICOM or image/label folders")
     columns: Columns = Columns()
-    label_map: dict[int, int] | Literal["nonzero"] | None = Field(
-        None, description="file values to classes; nonzero: 0 stays 0, every other value is 1"
+    label_map: dict[Own, int] | Literal["nonzero"] | None = Field(
+        None, description="file values and names to classes; nonzero: 0 stays 0, every other value is 1"
     )
     sites: int = Field(
         0, ge=0, description="deal patients out to this many sites when there is no site column"

@@ -35,6 +35,8 @@ class Case:
         spacing: mm, one per spatial axis.
         labels: name to number. table: clinical columns. groups: coded columns for subgroup scores.
         units: of the image's values: `HU`, `SUVbw`, or empty.
+        annotates: the classes somebody looked for; None: all. In the mask of a site that annotates fewer,
+            0 may hide the others.
     """
 
     key: str
@@ -47,6 +49,7 @@ class Case:
     table: Mapping[str, float] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     units: str = ""
+    annotates: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

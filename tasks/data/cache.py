@@ -39,6 +39,7 @@ class Entry:
         key: first 16 hex digits of the digest. patient: pseudonymous key.
         split: train, val or test as the manifest says. digest: SHA-256 of the object.
         shape: the image's `CHW[D]`. groups: coded columns. source: path below the root, local only.
+        annotates: the classes somebody looked for; None: all.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Entry:
     shape: tuple[int, ...]
     groups: Mapping[str, str]
     source: str
+    annotates: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class Record:
 
     Attributes:
         stamp: digest of all that the outcome depends on; equal stamps need no second look.
+        unmapped: labels in its files that are no class here. notes: what was decided while reading.
     """
 
     stamp: str
     entry: Entry | None = None
     reason: str = ""
     detail: str = ""
+    unmapped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ class Cache:
             table=facts["table"],
             groups=dict(entry.groups),
             units=facts["units"],
+            annotates=entry.annotates,
         )
 
     def verify(self) -> None:
@@ -207,15 +213,16 @@ def _canonical(data: Any) -> str:
 
 
 def _plain(record: Record) -> dict[str, Any]:
+    said = {"stamp": record.stamp, "unmapped": list(record.unmapped), "notes": list(record.notes)}
     if record.entry is None:
-        return {"stamp": record.stamp, "reason": record.reason, "detail": record.detail}
-    entry = {k: v for k, v in asdict(record.entry).items() if k not in ("source", "key")}
-    return {"stamp": record.stamp, "entry": entry}
+        return {**said, "reason": record.reason, "detail": record.detail}
+    return {**said, "entry": {k: v for k, v in asdict(record.entry).items() if k not in ("source", "key")}}
 
 
 def _record(source: str, data: Mapping[str, Any]) -> Record:
+    unmapped, notes = tuple(data.get("unmapped", ())), tuple(data.get("notes", ()))
     if "entry" not in data:
-        return Record(data["stamp"], None, data["reason"], data["detail"])
+        return Record(data["stamp"], None, data["reason"], data["detail"], unmapped, notes)
     e = data["entry"]
     entry = Entry(
         key=e["digest"][:16],
@@ -226,5 +233,6 @@ def _record(source: str, data: Mapping[str, Any]) -> Record:
         shape=tuple(e["shape"]),
         groups=e["groups"],
         source=source,
+        annotates=None if e.get("annotates") is None else tuple(e["annotates"]),
     )
-    return Record(data["stamp"], entry)
+    return Record(data["stamp"], entry, unmapped=unmapped, notes=notes)

@@ -20,8 +20,8 @@ from pydicom.pixels.processing import apply_modality_lut
 
 from tasks.data.deident import facts
 from tasks.data.discover import kind
-from tasks.data.labels import read_seg
 from tasks.data.nifti import spacing_of
+from tasks.data.seg import read_seg
 from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason, reading, stored
 
 _SEG = "1.2.840.10008.5.1.4.1.1.66.4"  # Segmentation Storage

@@ -38,7 +38,12 @@ def kind(path: PurePosixPath | Path) -> str | None:
     return "image" if name.endswith(images.SUFFIXES) else None
 
 
-def from_manifest(root: Path, name: str, columns: Columns) -> list[Found]:
+def from_manifest(
+    root: Path,
+    name: str,
+    columns: Columns,
+    label_map: LabelMap = None,  # noqa: ARG001
+) -> list[Found]:
     """One case per row; paths are relative to the root and stay below it.
 
     Raises:

@@ -11,9 +11,10 @@ import hmac
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf.exits import Exit, Stop
@@ -22,7 +23,7 @@ from tasks.data.cache import VERSION, Cache, Entry, Index, Record
 from tasks.data.dicom import from_series
 from tasks.data.discover import from_folders, from_manifest, site_folders
 from tasks.data.labels import check_label_map
-from tasks.data.source import Faulty, Found, LabelMap, Reason
+from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason
 
 Progress = Callable[[int, int], None]
 
@@ -38,11 +39,18 @@ class Refused:
 
 @dataclass(frozen=True)
 class Report:
-    """What an ingest ended with: how many cases are kept, how many were read anew, which were refused."""
+    """What an ingest ended with: how many cases are kept, how many were read anew, which were refused.
+
+    Attributes:
+        unmapped: labels that are no class here, and in how many cases. notes: what was decided while
+            reading, likewise. Both stay at the site.
+    """
 
     kept: int
     read: int
     refused: tuple[Refused, ...]
+    unmapped: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def exit(self) -> Exit:
@@ -85,14 +93,20 @@ def ingest(
     """
     check_label_map(label_map)
     _check_root(root, cache)
-    settings = [VERSION, manifest, columns.model_dump(), _plain(label_map), hashlib.sha256(key).hexdigest()]
+    settings = [
+        VERSION,
+        manifest,
+        columns.model_dump(),
+        Naming.of(label_map).plain(),
+        hashlib.sha256(key).hexdigest(),
+    ]
     files = sorted(_walk(root)) if manifest is None else []
     tree = _stamp(root, files, settings) if files else ""
     if tree and tree == cache.index.tree:
         return _report(cache.index.records, read=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # readers warn of odd headers, and quote them
-        found = _discover(root, files, manifest, columns)
+        found = _discover(root, files, manifest, columns, label_map)
         records, read = _bring_up(found, cache, settings, root, label_map, key, workers, progress)
     report = _report(records, read)
     if not report.kept:
@@ -136,9 +150,11 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, n) for n in names if not n.startswith("."))
 
 
-def _discover(root: Path, files: Sequence[Path], manifest: str | None, columns: Columns) -> list[Found]:
+def _discover(
+    root: Path, files: Sequence[Path], manifest: str | None, columns: Columns, label_map: LabelMap
+) -> list[Found]:
     if manifest is not None:
-        found = from_manifest(root, manifest, columns)
+        found = from_manifest(root, manifest, columns, label_map)
     else:
         with_masks = columns.label is not None
         found = from_folders(root, files, with_masks=with_masks)
@@ -164,7 +180,7 @@ def _bring_up(
         patient = hmac.new(key, case.patient.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[
             :16
         ]
-        facts = [*settings, patient, case.site, case.split, case.fault and str(case.fault)]
+        facts = [*settings, patient, case.site, case.split, case.fault and str(case.fault), case.cells]
         stamp = _stamp(root, case.files, facts)
         known = before.get(case.source)
         if known is not None and known.stamp == stamp and known.reason != Reason.DUPLICATE:
@@ -188,7 +204,7 @@ def _ingest_one(case: Found, cache: Cache, patient: str, stamp: str, label_map: 
             raise case.fault or Faulty(Reason.UNREADABLE, "nothing reads it")
         raw = case.read(label_map)
     except Faulty as fault:
-        return Record(stamp, None, fault.reason, fault.detail)
+        return Record(stamp, None, fault.reason, fault.detail, fault.unmapped)
     digest = cache.put(raw)
     entry = Entry(
         key=digest[:16],
@@ -199,13 +215,17 @@ def _ingest_one(case: Found, cache: Cache, patient: str, stamp: str, label_map: 
         shape=() if raw.image is None else raw.image.shape,
         groups=dict(raw.groups),
         source=case.source,
+        annotates=Naming.of(label_map).annotates,
     )
-    return Record(stamp, entry)
+    return Record(stamp, entry, unmapped=raw.unmapped, notes=raw.notes)
 
 
 def _unless_duplicate(source: str, record: Record, holder: dict[str, str]) -> Record:
-    """A case whose content another source already gave is refused: it would count twice, or leak."""
-    if record.entry is None:
+    """A case whose content another source already gave is refused: it would count twice, or leak.
+
+    Not so rows of a table alone: two patients may well have the same few numbers.
+    """
+    if record.entry is None or not record.entry.shape:
         return record
     first = holder.setdefault(record.entry.digest, source)
     if first == source:
@@ -226,17 +246,15 @@ def _stamp(root: Path, files: Iterable[Path], facts: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps([seen, facts], sort_keys=True).encode()).hexdigest()
 
 
-def _plain(label_map: LabelMap) -> object:
-    return sorted(label_map.items()) if isinstance(label_map, Mapping) else label_map
-
-
 def _report(records: Mapping[str, Record], read: int) -> Report:
     refused = tuple(
         Refused(source, Reason(r.reason), r.detail)
         for source, r in sorted(records.items())
         if r.entry is None
     )
-    return Report(len(records) - len(refused), read, refused)
+    unmapped = Counter(name for r in records.values() for name in r.unmapped)
+    notes = Counter(note for r in records.values() for note in r.notes)
+    return Report(len(records) - len(refused), read, refused, dict(unmapped), dict(notes))
 
 
 def _nothing(root: Path, report: Report) -> str:

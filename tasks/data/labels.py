@@ -1,18 +1,36 @@
-"""From what a mask file holds to classes; DICOM SEG."""
+"""From the numbers and names in a site's files to the federation's classes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
-import pydicom
-from pydicom.dataset import Dataset
 
 from conf.exits import Exit, Stop
-from tasks.data.source import Array, Faulty, LabelMap, Reason, reading
+from conf.schema import Labels
+from tasks.data.source import Array, Faulty, Grid, LabelMap, Naming, Reason, folded, listed
 
-_LISTED = 8  # values quoted in a refusal
-_OFF = 0.05  # voxels by which a frame of a SEG may miss its slice: rounding of header fields
+
+def naming(labels: Labels) -> Naming:
+    """A site's names as readers use them: its own lines first, then the dictionary's names and codes.
+
+    Without dictionary and lines, numbers in files are classes.
+    """
+    values = {label.name: label.value for label in labels.dictionary}
+    wanted = values if labels.annotates is None else {n: values[n] for n in labels.annotates}
+    known: dict[int | str, int] = {}
+    for label in labels.dictionary:
+        if label.name in wanted:
+            known[folded(label.name)] = label.value
+            if label.code is not None:
+                known[folded(f"{label.code[0]}:{label.code[1]}")] = label.value
+    known |= {folded(own): wanted[name] for own, name in labels.names.items() if name in wanted}
+    return Naming(
+        known=known or None,
+        ignore=labels.unmapped == "ignore",
+        threshold=labels.threshold,
+        annotates=None if labels.annotates is None else tuple(sorted(wanted.values())),
+    )
 
 
 def check_label_map(label_map: LabelMap) -> None:
@@ -21,17 +39,23 @@ def check_label_map(label_map: LabelMap) -> None:
     Raises:
         Stop: (`CONFIG`).
     """
-    if label_map is None or label_map == "nonzero":
+    known = Naming.of(label_map).known
+    if known is None:
         return
-    if not label_map:
+    if not known:
         raise Stop(Exit.CONFIG, "data.label_map is empty; give file value to class, nonzero, or leave it out")
-    wrong = sorted({c for c in label_map.values() if not 0 <= c <= 255})
+    wrong = sorted({c for c in known.values() if not 0 <= c <= 255})
     if wrong:
         raise Stop(Exit.CONFIG, f"data.label_map has classes {wrong}; accepted are 0 to 255")
 
 
 def classes(values: Array, label_map: LabelMap) -> Array:
-    """Classes (uint8, same shape) of a mask's file values.
+    """`mapped` without the list."""
+    return mapped(values, label_map)[0]
+
+
+def mapped(values: Array, label_map: LabelMap) -> tuple[Array, tuple[str, ...]]:
+    """Classes (uint8, same shape) of a mask's file values, and the values left out as class 0.
 
     Args:
         values: integers, or floats that hold integers.
@@ -40,82 +64,120 @@ def classes(values: Array, label_map: LabelMap) -> Array:
     Raises:
         Faulty: a value that the map does not name, or without a map one that is no integer in 0..255.
     """
-    if label_map == "nonzero":
-        return np.ascontiguousarray(values != 0, dtype=np.uint8)
-    known = {c: c for c in range(256)} if label_map is None else label_map
+    names = Naming.of(label_map)
+    if names.nonzero:
+        return np.ascontiguousarray(values != 0, dtype=np.uint8), ()
     small = values.dtype.kind == "u" and values.dtype.itemsize <= 2  # then counting spares sorting all voxels
     if small:
         present, where = np.flatnonzero(np.bincount(values.ravel())), values
     else:
         present, where = np.unique(values, return_inverse=True)
-    outside = [
-        v for v in present.tolist() if v not in known
-    ]  # 2.0 == 2 and hashes alike; 0.5, NaN are outside
-    if outside:
-        text = ", ".join(f"{v:g}" for v in outside[:_LISTED]) + (", …" if len(outside) > _LISTED else "")
-        accepted = "0 to 255" if label_map is None else ", ".join(str(v) for v in sorted(known)[:_LISTED])
-        raise Faulty(Reason.LABEL, f"mask has {text}; accepted {accepted} (setting: data.label_map)")
-    table = np.zeros(int(present.max()) + 1 if small else len(present), dtype=np.uint8)
-    table[present if small else slice(None)] = [known[int(v)] for v in present.tolist()]
-    return np.ascontiguousarray(table[where].reshape(values.shape))
+    found = [names.find(int(v)) if float(v).is_integer() else None for v in present.tolist()]
+    outside = tuple(f"{v:g}" for v, c in zip(present.tolist(), found, strict=True) if c is None)
+    if outside and not names.ignore:
+        raise Faulty(
+            Reason.LABEL,
+            f"mask has {listed(outside)}; accepted {names.accepted} (setting: data.label_map)",
+            outside,
+        )
+    table = np.zeros(int(present.max(initial=0)) + 1 if small else len(present), dtype=np.uint8)
+    table[present if small else slice(None)] = [c or 0 for c in found]
+    # nothing there is 0 whatever the map says of it: it is no label that could be unmapped
+    return np.ascontiguousarray(table[where].reshape(values.shape)), tuple(v for v in outside if v != "0")
 
 
-def read_seg(path: Path, affine: Array, shape: tuple[int, ...], label_map: LabelMap) -> Array:
-    """Classes on an image's grid from a binary DICOM SEG (PS3.3 A.51, C.8.20); frames may be sparse.
+@dataclass(frozen=True)
+class Drawn:
+    """A mask on an image's grid.
 
-    File values are segment numbers. Where segments overlap the higher number wins, so a lesion that is
-    listed after its organ is kept.
+    Attributes:
+        mask: uint8 classes (column, row, slice). unmapped, notes: as in `Raw`.
+    """
 
-    Args:
-        affine: (column, row, slice) -> LPS+ mm of the image. shape: its columns, rows, slices.
+    mask: Array
+    unmapped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Canvas:
+    """A volume on which segments and contours are drawn, plane by plane.
+
+    Where two classes overlap the higher one wins, at every site alike: the dictionary lists a lesion after
+    its organ. What nothing covers is class 0. A class drawn by two objects refuses the case: nobody says
+    whose opinion counts.
+    """
+
+    grid: Grid
+    names: Naming
+    _notes: dict[str, None] = field(default_factory=dict)
+    _unmapped: dict[str, None] = field(default_factory=dict)
+    _owner: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns, rows, slices = self.grid.shape
+        self._mask = np.zeros((slices, rows, columns), dtype=np.uint8)
+
+    def class_of(self, owner: str, shown: str, *names: int | str) -> int | None:
+        """The class of a segment or ROI; None where it is not mapped, which is remembered.
+
+        Args:
+            owner: which object draws it. shown: how a message calls it. names: to look up, first wins.
+
+        Raises:
+            Faulty: another object drew the same class.
+        """
+        found = self.names.find(*names)
+        if found is None:
+            self._unmapped[shown] = None
+        elif self._owner.setdefault(found, owner) != owner:
+            raise Faulty(
+                Reason.SEVERAL_MASKS, f"{self._owner[found]} and {owner} both draw class {found}; keep one"
+            )
+        return found
+
+    def paint(self, at: int, plane: Array, value: int) -> None:
+        """Draw `plane` (boolean, rows and columns) on slice `at`."""
+        here = self._mask[at]
+        if value and ((here != 0) & (here != value) & plane).any():
+            self.note("segments overlap: the higher class was kept")
+        np.maximum(here, plane * np.uint8(value), out=here)
+
+    def note(self, text: str) -> None:
+        """Remember a decision for the report."""
+        self._notes[text] = None
+
+    def done(self) -> Drawn:
+        """What was drawn.
+
+        Raises:
+            Faulty: something was not mapped, and that is not to be ignored.
+        """
+        if self._unmapped and not self.names.ignore:
+            raise Faulty(
+                Reason.LABEL,
+                f"segments not mapped: {listed(self._unmapped)}; accepted {self.names.accepted} "
+                "(settings: data.label_map, labels in site.yaml)",
+                tuple(self._unmapped),
+            )
+        return Drawn(self._mask.transpose(2, 1, 0), tuple(self._unmapped), tuple(self._notes))
+
+
+def class_number(text: str, column: str, names: Naming) -> float | None:
+    """The value of a class label: a number as it is, a name as the map says; None where it is left out.
 
     Raises:
-        Faulty: unreadable, not binary, of other size, not on the image's slices, label outside the map.
+        Faulty: a name that is not mapped.
     """
-    with reading(path):
-        seg = pydicom.dcmread(path)
-        kind = str(seg.get("SegmentationType", ""))
-        if kind != "BINARY":
+    try:
+        number = float(text)
+    except ValueError:
+        found = None if names.nonzero else names.find(text)
+        if found is None and not names.ignore:
             raise Faulty(
-                Reason.MASK_KIND, f"{path.name} is a {kind or 'nameless'} segmentation; BINARY is read"
-            )
-        columns, rows, slices = shape
-        if (seg.Columns, seg.Rows) != (columns, rows):
-            size = f"image {columns}x{rows}, mask {seg.Columns}x{seg.Rows} (columns x rows)"
-            raise Faulty(Reason.SIZE, size)
-        frames = seg.pixel_array.reshape(-1, rows, columns)
-        shared = (seg.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-        to_index = np.linalg.inv(affine)
-        numbers = np.zeros((slices, rows, columns), dtype=np.uint16)
-        for frame, own in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
-            at = _slice_of(own, shared, to_index, shape)
-            number = _item(own, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber
-            np.maximum(numbers[at], frame.astype(np.uint16) * number, out=numbers[at])
-    return classes(numbers.transpose(2, 1, 0), label_map)
-
-
-def _slice_of(own: Dataset, shared: Dataset, to_index: Array, shape: tuple[int, ...]) -> int:
-    """Which slice of the image a frame covers, pixel by pixel."""
-    origin = np.array(_item(own, shared, "PlanePositionSequence").ImagePositionPatient, dtype=float)
-    turned = np.array(_item(own, shared, "PlaneOrientationSequence").ImageOrientationPatient, dtype=float)
-    row_mm, column_mm = (float(s) for s in _item(own, shared, "PixelMeasuresSequence").PixelSpacing)
-    right = origin + turned[:3] * column_mm * (shape[0] - 1)
-    down = origin + turned[3:] * row_mm * (shape[1] - 1)
-    corners = np.array([[*p, 1.0] for p in (origin, right, down)]) @ to_index.T
-    at = round(float(corners[0, 2]))
-    wanted = np.array([[0, 0, at], [shape[0] - 1, 0, at], [0, shape[1] - 1, at]])
-    off = float(np.abs(corners[:, :3] - wanted).max())
-    if not off <= _OFF:
-        raise Faulty(Reason.GEOMETRY, f"a frame of the SEG misses the image's slices by {off:.3g} voxels")
-    if not 0 <= at < shape[2]:
-        raise Faulty(Reason.GEOMETRY, "a frame of the SEG lies beyond the image's slices")
-    return at
-
-
-def _item(own: Dataset, shared: Dataset, name: str) -> Dataset:
-    """A functional group of one frame, or the one all frames share (PS3.3 C.7.6.16.1)."""
-    items = own.get(name) or shared.get(name)
-    if not items:
-        raise Faulty(Reason.UNREADABLE, f"a frame of the SEG has no {name}")
-    found: Dataset = items[0]
-    return found
+                Reason.LABEL, f"{column} is {text!r}; accepted {names.accepted} (data.label_map)", [text]
+            ) from None
+        return None if found is None else float(found)
+    if not np.isfinite(number):
+        raise Faulty(Reason.CELL, f"{column} is {text!r}; need a finite number or a name")
+    return number

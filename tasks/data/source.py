@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-LabelMap = Mapping[int, int] | Literal["nonzero"] | None
+_LISTED = 8  # names quoted in a message
+Names = Mapping[int, int] | Mapping[str, int] | Mapping[int | str, int]
 
 
 class Reason(StrEnum):
@@ -43,15 +44,104 @@ class Reason(StrEnum):
     BURNED_IN = "pixels to be reviewed"
     OBJECT = "unsupported kind of object"
     EXISTS = "already there"
+    FRAME = "other frame of reference"
+    CELL = "unusable table cell"
 
 
 class Faulty(ValueError):
     """One case cannot be used. `detail` may quote the file: it stays at the site."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str, unmapped: Sequence[str] = ()) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = " ".join(detail.split())
+        self.unmapped = tuple(unmapped)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.detail, self.unmapped)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the numbers and names in a site's files become the federation's classes.
+
+    Attributes:
+        known: to class, from a file value, segment number or label, ROI name, `scheme:code` or class text
+            (upper and lower case are one); None: numbers are classes.
+        nonzero: 0 stays 0 and all else is 1.
+        ignore: what is not known is left out and reported; otherwise it refuses the case.
+        threshold: share of a fractional segmentation's maximum from which a voxel belongs to it.
+        annotates: the classes somebody looked for; None: all.
+    """
+
+    known: Mapping[int | str, int] | None = None
+    nonzero: bool = False
+    ignore: bool = False
+    threshold: float = 0.5
+    annotates: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, label_map: LabelMap) -> Naming:
+        """The same for a plain map, `nonzero` or None."""
+        if isinstance(label_map, Naming):
+            return label_map
+        if label_map is None or label_map == "nonzero":
+            return cls(nonzero=label_map is not None)
+        return cls({folded(k): v for k, v in label_map.items()})
+
+    def find(self, *names: int | str) -> int | None:
+        """The class of the first of `names` that has one."""
+        if self.nonzero:
+            return 1
+        if self.known is None:
+            return next((n for n in names if isinstance(n, int) and 0 <= n <= 255), None)
+        return next((self.known[f] for f in map(folded, names) if f in self.known), None)
+
+    @property
+    def accepted(self) -> str:
+        """What a refusal says is accepted."""
+        if self.known is None:
+            return "0 to 255"
+        return ", ".join(sorted((str(k) for k in self.known), key=_by_number)[:_LISTED])
+
+    def plain(self) -> dict[str, object]:
+        """All of it as JSON can hold it, for stamps."""
+        known = None if self.known is None else sorted((str(k), v) for k, v in self.known.items())
+        return {**asdict(replace(self, known=None)), "known": known}
+
+
+LabelMap = Names | Literal["nonzero"] | Naming | None
+
+
+def folded(name: int | str) -> int | str:
+    """A name as it is compared: spaces and case do not tell two apart."""
+    return " ".join(name.casefold().split()) if isinstance(name, str) else name
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first few of `names`, for a message."""
+    texts = [str(n) for n in names]
+    return ", ".join(texts[:_LISTED]) + (", …" if len(texts) > _LISTED else "")
+
+
+def _by_number(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.lstrip("-").isdecimal() else (1 << 62, text)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where an assembled DICOM volume lies.
+
+    Attributes:
+        affine: 4x4, (column, row, slice) -> LPS+ mm. shape: columns, rows, slices.
+        frame: FrameOfReferenceUID (0020,0052), empty if unknown.
+        slices: SOPInstanceUID of each slice, empty if unknown.
+    """
+
+    affine: Array
+    shape: tuple[int, int, int]
+    frame: str = ""
+    slices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +153,8 @@ class Raw:
         affine: 4x4, array index to RAS+ mm. spacing: mm, in array order. groups: coded columns.
         labels: class or value by name. table: clinical columns by name; what is missing is absent.
         units: `HU`, `SUVbw`, or empty: values as stored.
+        unmapped: labels in the files that are no class here and were left out. notes: what was decided
+            while reading. Both quote the files and stay at the site.
     """
 
     image: Array | None
@@ -73,6 +165,8 @@ class Raw:
     labels: Mapping[str, float] = field(default_factory=dict)
     table: Mapping[str, float] = field(default_factory=dict)
     units: str = ""
+    unmapped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +176,7 @@ class Found:
     Attributes:
         source: path below the root, local only. patient: as the file or manifest names the person.
         files: all that is read, so that a change is seen. read: opens them; raises `Faulty`.
-        fault: why it is refused already.
+        fault: why it is refused already. cells: of its manifest row, so that a change is seen.
     """
 
     source: str
@@ -92,6 +186,7 @@ class Found:
     site: str | None = None
     split: str | None = None
     fault: Faulty | None = None
+    cells: tuple[str, ...] = ()
 
 
 @contextmanager

@@ -225,8 +225,8 @@ def coarser(seg: pydicom.Dataset) -> None:
     seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1.5, 1.5]
 
 
-def fractional(seg: pydicom.Dataset) -> None:
-    seg.SegmentationType = "FRACTIONAL"
+def nameless(seg: pydicom.Dataset) -> None:
+    del seg.SegmentationType
 
 
 def fewer(seg: pydicom.Dataset) -> None:
@@ -244,7 +244,7 @@ def missing(seg: pydicom.Dataset) -> None:
         (between, Reason.GEOMETRY, r"by 0\.5 voxels"),
         (beyond, Reason.GEOMETRY, "lies beyond the image's slices"),
         (coarser, Reason.GEOMETRY, "misses the image's slices"),
-        (fractional, Reason.MASK_KIND, "FRACTIONAL segmentation; BINARY is read"),
+        (nameless, Reason.MASK_KIND, "is a nameless segmentation"),
         (fewer, Reason.SIZE, "image 5x6, mask 5x5"),
         (missing, Reason.UNREADABLE, "PlanePositionSequence"),
     ],
@@ -264,11 +264,15 @@ def test_a_seg_that_does_not_belong_is_refused(
 def test_segment_numbers_go_through_the_label_map(tmp_path: Path) -> None:
     paths = write(tmp_path)
     plain = read_series(paths, tmp_path / "seg.dcm", None).mask
-    mapped = read_series(paths, tmp_path / "seg.dcm", {0: 0, 1: 5, 2: 1}).mask
+    mapped = read_series(paths, tmp_path / "seg.dcm", {0: 0, 1: 5, 2: 7}).mask
+    turned = read_series(paths, tmp_path / "seg.dcm", {1: 7, 2: 5}).mask
     assert plain is not None
     assert mapped is not None
-    assert np.array_equal(mapped, np.array([0, 5, 1])[plain])
-    with pytest.raises(Faulty, match="mask has 2; accepted 0, 1"):
+    assert turned is not None
+    assert np.array_equal(mapped, np.array([0, 5, 7])[plain])
+    # the higher class wins, whatever its segment's number
+    assert (turned == 7).sum() == TRUTH[..., 0].sum() > (plain == 1).sum()
+    with pytest.raises(Faulty, match=r"not mapped: s1 \(segment 2\); accepted 0, 1"):
         read_series(paths, tmp_path / "seg.dcm", {0: 0, 1: 1})
 
 
