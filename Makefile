@@ -48,3 +48,4 @@ experiments: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/fold.py
 	$(BIN)/python bench/commands.py
+	$(BIN)/python -m bench.deployed
