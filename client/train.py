@@ -211,6 +211,27 @@ class Session:
         )
         return _Stepper(phase, model, plan, correct, parameters, optimizer)
 
+    def loss(self, weights: Tensors) -> float:
+        """Mean of the first private phase's loss over as many batches as hold every training patient.
+
+        Raises:
+            Refused: (`policy`, `data`) too few patients, or statistics stay home.
+        """
+        patients = self._archive.patients("train")
+        self._policy.release(len(patients))
+        plan = self.study.plan
+        model = self._load(weights).eval()
+        phase = next(phase for phase in self.study.task.phases if phase.private)
+        batches = self._batches(patients, generator(plan.seed, self.site, self.round, "train", "loss"))
+        losses = []
+        with torch.no_grad():
+            for _ in range(-(-len(patients) // (plan.local.batch_size or len(patients)))):
+                self._bench.halt()
+                for _, part in _chunks(next(batches), plan.local.micro_chunk):
+                    with _precision(self._bench.device):
+                        losses.append(phase.loss(model, part).double())
+        return float(torch.cat(losses).mean())
+
     def score(self, weights: Tensors, split: str) -> Tensor:
         """Summed statistics of the model on a split: float64.
 
@@ -332,9 +353,14 @@ class _Stepper:
         """Gradients of the mean loss over the batch, in chunks."""
         device = next(iter(self._parameters.values())).device
         for share, part in _chunks(batch, self._plan.local.micro_chunk):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            with _precision(device):
                 loss = self.phase.loss(self._model, part).mean() * share
             loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where a GPU computes; on a CPU it would only be slower."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _chunks(batch: Batch | None, size: int) -> Iterator[tuple[float, Batch | None]]:

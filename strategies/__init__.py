@@ -22,6 +22,16 @@ STRATEGIES = Table(
         "cyclic": "strategies.cyclic:Cyclic",
         "median": "strategies.robust:Median",
         "fedbuff": "strategies.buffered:FedBuff",
+        "flower_krum": "strategies.flower:Krum",
+        "flower_multi_krum": "strategies.flower:MultiKrum",
+        "flower_bulyan": "strategies.flower:Bulyan",
+        "flower_trimmed_avg": "strategies.flower:TrimmedAvg",
+        "flower_median": "strategies.flower:Median",
+        "flower_qfedavg": "strategies.flower:QFedAvg",
+        "flower_fedavgm": "strategies.flower:FedAvgM",
+        "flower_fedadagrad": "strategies.flower:FedAdagrad",
+        "flower_fedadam": "strategies.flower:FedAdam",
+        "flower_fedyogi": "strategies.flower:FedYogi",
     },
 )
 

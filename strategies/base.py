@@ -139,6 +139,9 @@ class Local(Protocol):
     def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Tensors:
         """The weights after training from `weights` on the site's patients; draws are those of `purpose`."""
 
+    def loss(self, weights: Tensors) -> float:
+        """Mean training loss of a model over the site's training patients, without training."""
+
     def score(self, weights: Tensors, split: str) -> Tensor:
         """Summed statistics of a model on a split, as a float64 vector."""
 

@@ -76,7 +76,9 @@ def test_the_median_of_identical_sites_is_fedavg_to_the_bit(ram: Path) -> None:
 def test_other_strategies_are_not_fedavg(ram: Path) -> None:
     """The reductions above would say nothing if any two runs were alike."""
     cases = toy_cases(4, 2)
-    models = {name: pack(train(ram / name, plan(name), cases).model) for name in STRATEGIES}
+    # Flower's are held to brute force in test_flower.py; some are each other without hostile sites
+    names = [name for name in STRATEGIES if not name.startswith("flower_")]
+    models = {name: pack(train(ram / name, plan(name), cases).model) for name in names}
     assert models.pop("ditto") == models["fedavg"]
     assert len(set(models.values())) == len(models)
 
@@ -133,6 +135,25 @@ OUT_OF_RANGE: dict[tuple[str, str], tuple[Any, ...]] = {
     ("ditto", "lam"): (-1,),
     ("fedbuff", "buffer"): (0, 1.5),
     ("fedbuff", "power"): (-0.5,),
+    ("flower_krum", "hostile"): (-1, 0.5),
+    ("flower_multi_krum", "hostile"): (-1,),
+    ("flower_multi_krum", "select"): (0,),
+    ("flower_bulyan", "hostile"): (-1,),
+    ("flower_trimmed_avg", "hostile"): (-1,),
+    ("flower_qfedavg", "q"): (-0.1,),
+    ("flower_qfedavg", "lr"): (0,),
+    ("flower_fedavgm", "lr"): (0, -1),
+    ("flower_fedavgm", "momentum"): (-0.1, 1),
+    ("flower_fedadagrad", "lr"): (0,),
+    ("flower_fedadagrad", "tau"): (0,),
+    ("flower_fedadam", "lr"): (0,),
+    ("flower_fedadam", "beta1"): (-0.1, 1),
+    ("flower_fedadam", "beta2"): (-0.1, 1),
+    ("flower_fedadam", "tau"): (0,),
+    ("flower_fedyogi", "lr"): (0,),
+    ("flower_fedyogi", "beta1"): (-0.1, 1),
+    ("flower_fedyogi", "beta2"): (-0.1, 1),
+    ("flower_fedyogi", "tau"): (0,),
 }
 
 
