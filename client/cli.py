@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
+from client.commands.audit import audit
+from client.commands.forget import forget
 from client.commands.ingest import ingest
+from client.commands.init import init
 from conf.console import exit_codes, leave
 
 app = typer.Typer(
@@ -28,7 +31,10 @@ def options(
 
 
 # whatever is heavy is imported inside the command, so that help stays fast
+app.command()(init)
 app.command()(ingest)
+app.command()(forget)
+app.command()(audit)
 
 
 def main() -> None:

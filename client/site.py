@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -58,6 +59,13 @@ class Plans:
         self._known[plan.digest] = plan
 
 
+class Shelf(Protocol):
+    """Where a run finds its cases: one archive, or one that is frozen for each run."""
+
+    def of(self, run: str) -> Archive:
+        """The cases of a run."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One site. In simulation many share a bench and a folder of plans; the code is the same.
@@ -68,7 +76,7 @@ class Site:
     """
 
     name: str
-    archive: Archive
+    archive: Shelf
     policy: Policy
     bench: Bench
     plans: Plans
@@ -101,7 +109,8 @@ class Site:
         if remembers and (given := memory.recall(instruction)) is not None:
             return given
         state = memory.settle(instruction.settled) if strategy.stateful else {}
-        session = Session(self.bench, study, self.archive, self.policy, instruction, common, state)
+        archive = self.archive.of(instruction.run)
+        session = Session(self.bench, study, archive, self.policy, instruction, common, state)
         update, after = strategy.answer(instruction.stage, session)
         update = Update(
             {name: t.detach().cpu() for name, t in update.tensors.items()}, update.weight, update.form

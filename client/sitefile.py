@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from client.pacs.settings import Pacs
+from client.places import Places
 from client.policy import Policy
-from client.site import Plans, Site
-from client.train import Archive, Bench
 from conf.exits import Exit, Stop
-from conf.schema import Frozen, SiteName, complaint
-from strategies.code import code_digest
-from tasks.data.cache import Cache
-from tasks.data.splits import split
+from conf.schema import Columns, Frozen, SiteName, complaint
+
+if TYPE_CHECKING:  # they bring torch, and an ingest needs none
+    from client.site import Site
+    from client.train import Bench
+
+
+class SiteData(Frozen):
+    """Where the cases come from.
+
+    Attributes:
+        root: only read. manifest: CSV below it. workers: processes that read; 0: one per core.
+    """
+
+    root: Path | None = None
+    manifest: str | None = None
+    columns: Columns = Columns()
+    label_map: dict[int, int] | Literal["nonzero"] | None = None
+    workers: int = Field(0, ge=0)
+
+    @property
+    def hands(self) -> int:
+        return self.workers or os.cpu_count() or 1
 
 
 class SiteFile(Frozen):
@@ -24,12 +44,16 @@ class SiteFile(Frozen):
 
     Attributes:
         cache: what `wardround-site ingest` made. state: plans, replies, private states, incidents.
-        socket: where the trainer listens. pacs: the archive that `ingest --pacs` asks.
+        key: names patients. audit: log of decisions. socket: where the trainer listens.
+        pacs: the archive that `ingest --pacs` asks.
     """
 
     name: SiteName
-    cache: Path
+    data: SiteData = SiteData()
+    cache: Path = Path("cache")
     state: Path = Path("state")
+    key: Path = Path("state/patient.key")
+    audit: Path = Path("audit.jsonl")
     socket: Path = Path("run/trainer.sock")
     device: str = "auto"
     policy: Policy = Policy()
@@ -52,10 +76,17 @@ class SiteFile(Frozen):
         except (OSError, yaml.YAMLError) as error:
             raise Stop(Exit.CONFIG, f"{path} cannot be read ({type(error).__name__}: {error})") from None
         here = path.absolute().parent
-        places: dict[str, Any] = {n: here / getattr(read, n) for n in ("cache", "state", "socket")}
+        names = ("cache", "state", "key", "audit", "socket")
+        places: dict[str, Any] = {n: here / getattr(read, n) for n in names}
         if read.pacs is not None:
             places["pacs"] = read.pacs.placed(here)
-        return read.model_copy(update=places)
+        root = read.data.root and here / read.data.root
+        return read.model_copy(update={**places, "data": read.data.model_copy(update={"root": root})})
+
+    @property
+    def places(self) -> Places:
+        """What the site keeps of its patients."""
+        return Places(self.cache, self.key, self.audit)
 
     def site(self, bench: Bench) -> Site:
         """The site, its replies kept before they leave.
@@ -63,16 +94,23 @@ class SiteFile(Frozen):
         Raises:
             Stop: the cache holds no usable split.
         """
+        from client.shelf import Shelf
+        from client.site import Plans, Site
+        from strategies.code import code_digest
+        from tasks.data.cache import Cache
+        from tasks.data.splits import split
+
         cache = Cache(self.cache)
-        parts = split(
-            cache.entries,
+        parts = partial(
+            split,
             val_fraction=self.val_fraction,
             test_fraction=self.test_fraction,
             seed=self.split_seed,
         )
+        parts(cache.entries)  # says now what the first instruction would find
         return Site(
             name=self.name,
-            archive=Archive(parts, cache.load),
+            archive=Shelf(cache, parts),
             policy=self.policy,
             bench=bench,
             plans=Plans(self.state / "plans"),

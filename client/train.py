@@ -33,6 +33,10 @@ class Archive:
     load: Callable[[Entry], Case]
     _sorted: dict[str, dict[str, list[Entry]]] = field(default_factory=dict, init=False, compare=False)
 
+    def of(self, run: str) -> Archive:
+        """Every run sees the same cases: a simulation's do not change while it runs."""
+        return self
+
     def patients(self, split: str) -> Mapping[str, Sequence[Entry]]:
         """The entries of a split, by patient, in the order of their keys."""
         if split not in self._sorted:

@@ -23,6 +23,7 @@ class Exit(IntEnum):
     PARTLY = 24
     NO_DATA_ROOT = 25
     CACHE_DAMAGED = 26
+    AUDIT_BROKEN = 27
     RUN_EXISTS = 30
     NO_RUN = 31
     CHECKPOINT_DAMAGED = 32
@@ -53,13 +54,14 @@ HELP: dict[Exit, str] = {
     Exit.PARTLY: "some cases were refused, each listed with its reason; the others are usable",
     Exit.NO_DATA_ROOT: "data.root does not exist or cannot be read",
     Exit.CACHE_DAMAGED: "a cached case does not match its digest; remove the cache and ingest again",
+    Exit.AUDIT_BROKEN: "the audit log is not what was written to it; keep it and find out who changed it",
     Exit.RUN_EXISTS: "the run directory exists; choose another run.dir or use wardround resume",
     Exit.NO_RUN: "this directory is not a wardround run",
     Exit.CHECKPOINT_DAMAGED: "no intact checkpoint is left that this run can continue from",
     Exit.DISK_FULL: "the disk is full; nothing was lost: free space and use wardround resume",
     Exit.TOO_FEW_REPLIES: "fewer valid replies than federation.min_replies; see journal.jsonl",
     Exit.SITE_REFUSED: "a site refused the plan; its code is in the message",
-    Exit.SITE_BUSY: "another trainer serves this site already; stop it first",
+    Exit.SITE_BUSY: "another process works on this site already; let it end or stop it first",
     Exit.LINK: "SuperLink or a key to it is not what this process needs; the message says which",
     Exit.PACS_AWAY: "the archive (PACS) cannot be reached or went away; what came is kept: pull again",
     Exit.PACS_REFUSED: "the archive refuses this site or what it asks; check address, AE titles and query",

@@ -305,7 +305,8 @@ def rehearse(folder: Path, rounds: int) -> None:
     from conf.schema import Columns
     from server.report.table import show
     from tasks.data.cache import Cache
-    from tasks.data.ingest import ingest, patient_key
+    from tasks.data.ingest import ingest
+    from tasks.data.patients import patient_key
     from tasks.data.phantom import make_phantom
 
     began = time.monotonic()

@@ -178,10 +178,11 @@ def _cached(data: Data) -> Cache:
             key=_KEY,
             workers=os.cpu_count() or 1,
             progress=progress,
+            wait=True,
         )
     for refused in report.refused:
         note(f"refused: {refused.source}: {refused.reason} ({refused.detail})")
-    return Cache(folder)
+    return Cache(folder).held()
 
 
 def _parts(entries: tuple[Entry, ...], data: Data, fixed: bool) -> Splits:

@@ -12,9 +12,12 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from client.places import Places, SiteOption
+from client.places import site_file as find_site
 from conf.exits import Exit, Stop
 
 if TYPE_CHECKING:
+    from client.sitefile import SiteData
     from tasks.data.ingest import Progress as Told
     from tasks.data.ingest import Refused
 
@@ -23,8 +26,9 @@ _SHOWN = 20  # refused cases listed; the counts cover all
 
 def ingest(
     folder: Annotated[
-        Path, typer.Argument(help="data root: DICOM series with SEG, or images with masks")
-    ] = Path(),
+        Path | None, typer.Argument(help="data root: DICOM series with SEG, or images with masks")
+    ] = None,
+    site_file: SiteOption = None,
     cache: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="where cases are kept  [default: under ~/.cache/wardround]"),
@@ -44,41 +48,68 @@ def ingest(
             help="32 bytes that name patients  [default: state/patient.key beside the cache, made once]"
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="threads that read")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="files read at a time; 0: one per core")] = 0,
 ) -> None:
-    """Bring the cache up to date with the files: what is new is read, what is faulty refused and listed."""
-    from conf.schema import Columns
-    from tasks.data.cache import Cache, default_cache
-    from tasks.data.ingest import NothingKept, patient_key
-    from tasks.data.ingest import ingest as bring_up
+    """Bring the cache up to date with the files: what is new is read, what is faulty refused and listed.
 
-    values = parse_label_map(label_map)
-    if not folder.is_dir():  # before a key is made for it
-        raise Stop(Exit.NO_DATA_ROOT, f"data root {folder} is not a folder")
-    place = cache or default_cache(folder)
-    key = key_file or place.parent / "state" / "patient.key"
+    In a site's folder, or with --site-file, everything comes from site.yaml.
+    """
+    from conf.schema import Columns
+
+    own = {"--cache": cache, "--manifest": manifest, "--label-map": label_map, "--key-file": key_file}
+    chosen = None if folder is not None and site_file is None else find_site(site_file)
+    if chosen is not None:
+        given = [name for name, value in own.items() if value is not None]
+        if given:
+            raise Stop(Exit.USAGE, f"{', '.join(given)}: with a site's file this stands in its section data")
+        root = folder or chosen.data.root
+        if root is None:
+            raise Stop(Exit.CONFIG, f"{site_file or 'site.yaml'} has no data.root; write the data root there")
+        _run(root, chosen.places, chosen.data)
+        return
+    from client.sitefile import SiteData
+
+    root = folder or Path()
+    if not root.is_dir():  # before a key is made for it
+        raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
+    from tasks.data.cache import default_cache
+
+    columns = Columns(image=image, label=label, patient=patient, site=site, split=split)
+    data = SiteData(manifest=manifest, columns=columns, label_map=parse_label_map(label_map), workers=workers)
+    _run(root, Places.beside(cache or default_cache(root), key_file), data)
+
+
+def _run(root: Path, places: Places, data: SiteData) -> None:
+    from tasks.data.cache import Cache
+    from tasks.data.ingest import NothingKept
+    from tasks.data.ingest import ingest as bring_up
+    from tasks.data.patients import Barred, patient_key
+
+    if not root.is_dir():
+        raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
     screen = Console(stderr=True)
-    if not key.exists():
-        note = f"making the key that names patients: {key} (keep it: another key gives other names)"
+    if not places.key.exists():
+        note = f"making the key that names patients: {places.key} (keep it: another key gives other names)"
         screen.print(note, highlight=False, markup=False, soft_wrap=True)
     try:
         with _bar(screen) as progress:
             report = bring_up(
-                folder,
-                Cache(place),
-                manifest=manifest,
-                columns=Columns(image=image, label=label, patient=patient, site=site, split=split),
-                label_map=values,
-                key=patient_key(key),
-                workers=workers,
+                root,
+                Cache(places.cache),
+                manifest=data.manifest,
+                columns=data.columns,
+                label_map=data.label_map,
+                key=patient_key(places.key),
+                workers=data.hands,
                 progress=progress,
+                barred=Barred.read(places.barred),
             )
     except NothingKept as stop:
         _show(stop.report.refused)
         raise
     _show(report.refused)
     count = len(report.refused)
-    typer.echo(f"{report.kept} cases in {place} ({report.read} read now), {count} refused")
+    typer.echo(f"{report.kept} cases in {places.cache} ({report.read} read now), {count} refused")
     raise typer.Exit(report.exit.value)
 
 

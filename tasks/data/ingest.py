@@ -7,7 +7,6 @@ of files and the details of refusals, stands in the index alone and never leaves
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import os
 import warnings
@@ -20,10 +19,12 @@ from pathlib import Path
 from conf.exits import Exit, Stop
 from conf.schema import Columns
 from tasks.data.cache import VERSION, Cache, Entry, Index, Record
-from tasks.data.dicom import from_series
-from tasks.data.discover import from_folders, from_manifest, site_folders
-from tasks.data.labels import check_label_map
+from tasks.data.frozen import sweep
+from tasks.data.journal import Journal
+from tasks.data.patients import Barred, fingerprint, pseudonym
 from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason
+
+_NOBODY = Barred()
 
 Progress = Callable[[int, int], None]
 
@@ -76,65 +77,49 @@ def ingest(
     key: bytes,
     workers: int = 1,
     progress: Progress | None = None,
+    barred: Barred = _NOBODY,
+    wait: bool = False,
 ) -> Report:
     """Bring `cache` up to date with the files below `root`.
 
     A case is read again only when one of its files (size, time), its manifest row, the label map or the
-    key changed. The index is replaced at the end, in one step.
+    key changed. The index is replaced at the end, in one step; until then nobody sees what is new. A
+    killed ingest is continued by the next: what it had done stands in the journal.
 
     Args:
         manifest: CSV below the root; None: image/label folders and DICOM series with SEG.
         columns: the manifest's columns; `label=None` keeps images without masks.
         key: names patients; equal keys give equal names.
-        workers: threads that read. progress: called with (done, total).
+        workers: processes that read. progress: called with (done, total).
+        barred: patients who are not taken in. wait: for another ingest of this cache to end.
 
     Raises:
-        Stop: (`NO_DATA_ROOT`, `CONFIG`, `DISK_FULL`, `CACHE_DAMAGED`), `NothingKept` (`NO_CASES`).
+        Stop: (`NO_DATA_ROOT`, `CONFIG`, `DISK_FULL`, `CACHE_DAMAGED`, `SITE_BUSY`),
+            `NothingKept` (`NO_CASES`).
     """
-    check_label_map(label_map)
     _check_root(root, cache)
-    settings = [
-        VERSION,
-        manifest,
-        columns.model_dump(),
-        Naming.of(label_map).plain(),
-        hashlib.sha256(key).hexdigest(),
-    ]
+    barred.check(key)
+    settings = [VERSION, manifest, columns.model_dump(), Naming.of(label_map).plain(), fingerprint(key)]
     files = sorted(_walk(root)) if manifest is None else []
-    tree = _stamp(root, files, settings) if files else ""
+    tree = _stamp(root, files, [*settings, sorted(barred.names)]) if files else ""
     if tree and tree == cache.index.tree:
         return _report(cache.index.records, read=0)
+    from tasks.data.labels import check_label_map  # readers cost more to import than a run without work
+
+    check_label_map(label_map)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # readers warn of odd headers, and quote them
         found = _discover(root, files, manifest, columns, label_map)
-        records, read = _bring_up(found, cache, settings, root, label_map, key, workers, progress)
-    report = _report(records, read)
-    if not report.kept:
-        raise NothingKept(_nothing(root, report), report)
-    cache.commit(Index(tree, records))
+        with cache.changing(wait=wait):
+            job = _Job(root, cache, settings, label_map, key, barred.names)
+            records, read = job.run(found, workers, progress)
+            report = _report(records, read)
+            if not report.kept:
+                raise NothingKept(_nothing(root, report), report)
+            cache.commit(Index(tree, records))
+            job.journal.end()
+            sweep(cache)
     return report
-
-
-def patient_key(path: Path) -> bytes:
-    """The 32-byte key that names patients: read from `path`, or made there (mode 0600) at first use.
-
-    Raises:
-        Stop: (`CONFIG`) the file is shorter than 32 bytes.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) < 32:
-            raise Stop(Exit.CONFIG, f"key file {path} has {len(key)} bytes; need 32") from None
-        return key
-    with os.fdopen(handle, "wb") as file:
-        key = os.urandom(32)
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    return key
 
 
 def _check_root(root: Path, cache: Cache) -> None:
@@ -153,6 +138,9 @@ def _walk(root: Path) -> Iterator[Path]:
 def _discover(
     root: Path, files: Sequence[Path], manifest: str | None, columns: Columns, label_map: LabelMap
 ) -> list[Found]:
+    from tasks.data.dicom import from_series
+    from tasks.data.discover import from_folders, from_manifest, site_folders
+
     if manifest is not None:
         found = from_manifest(root, manifest, columns, label_map)
     else:
@@ -162,62 +150,81 @@ def _discover(
     return sorted(found, key=lambda f: f.source)
 
 
-def _bring_up(
-    found: Sequence[Found],
-    cache: Cache,
-    settings: Sequence[object],
-    root: Path,
-    label_map: LabelMap,
-    key: bytes,
-    workers: int,
-    progress: Progress | None,
-) -> tuple[dict[str, Record], int]:
-    """The new records by source, and how many cases were read."""
-    before = cache.index.records
-    read = 0
+class _Job:
+    """One ingest under way."""
 
-    def one(case: Found) -> tuple[Record, bool]:
-        patient = hmac.new(key, case.patient.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()[
-            :16
-        ]
-        facts = [*settings, patient, case.site, case.split, case.fault and str(case.fault), case.cells]
-        stamp = _stamp(root, case.files, facts)
-        known = before.get(case.source)
-        if known is not None and known.stamp == stamp and known.reason != Reason.DUPLICATE:
-            return known, False
-        return _ingest_one(case, cache, patient, stamp, label_map), True
+    def __init__(
+        self,
+        root: Path,
+        cache: Cache,
+        settings: Sequence[object],
+        label_map: LabelMap,
+        key: bytes,
+        barred: frozenset[str],
+    ) -> None:
+        self.root, self.cache, self.settings = root, cache, settings
+        self.label_map, self.key, self.barred = label_map, key, barred
+        self.journal = Journal(cache.folder)
+        self.before = {**cache.index.records, **self.journal.read()}
 
-    records: dict[str, Record] = {}
-    holder: dict[str, str] = {}
-    with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-        for done, (case, (record, fresh)) in enumerate(zip(found, pool.map(one, found), strict=True), 1):
-            read += fresh
-            records[case.source] = _unless_duplicate(case.source, record, holder)
-            if progress is not None:
-                progress(done, len(found))
-    return records, read
+    def run(
+        self, found: Sequence[Found], workers: int, progress: Progress | None
+    ) -> tuple[dict[str, Record], int]:
+        """The new records by source, and how many cases were read."""
+        read = 0
+        records: dict[str, Record] = {}
+        holder: dict[str, str] = {}
+        with self.journal.writing(), ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+            try:
+                done = zip(found, pool.map(self.one, found), strict=True)
+                for number, (case, (record, fresh)) in enumerate(done, 1):
+                    read += fresh
+                    records[case.source] = _unless_duplicate(case.source, record, holder)
+                    if progress is not None:
+                        progress(number, len(found))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # Ctrl-C waits for what is in flight, no more
+                raise
+        return records, read
 
+    def one(self, case: Found) -> tuple[Record, bool]:
+        """What became of a case, and whether it was read."""
+        patient = pseudonym(self.key, case.patient)
+        if patient in self.barred:
+            return Record("", None, Reason.BARRED, patient=patient), False
+        facts = [*self.settings, patient, case.site, case.split, case.fault and str(case.fault), case.cells]
+        stamp = _stamp(self.root, case.files, facts)
+        known = self.before.get(case.source)
+        if known is not None and known.stamp == stamp and self._holds(known):
+            return replace(known, entry=known.entry or known.twin), False
+        record = self._read(case, patient, stamp)
+        self.journal.add(case.source, record)
+        return record, True
 
-def _ingest_one(case: Found, cache: Cache, patient: str, stamp: str, label_map: LabelMap) -> Record:
-    try:
-        if case.fault is not None or case.read is None:
-            raise case.fault or Faulty(Reason.UNREADABLE, "nothing reads it")
-        raw = case.read(label_map)
-    except Faulty as fault:
-        return Record(stamp, None, fault.reason, fault.detail, fault.unmapped)
-    digest = cache.put(raw)
-    entry = Entry(
-        key=digest[:16],
-        patient=patient,
-        site=case.site,
-        split=case.split,
-        digest=digest,
-        shape=() if raw.image is None else raw.image.shape,
-        groups=dict(raw.groups),
-        source=case.source,
-        annotates=Naming.of(label_map).annotates,
-    )
-    return Record(stamp, entry, unmapped=raw.unmapped, notes=raw.notes)
+    def _holds(self, record: Record) -> bool:
+        entry = record.entry or record.twin
+        return entry is None or self.cache.path(entry.digest).exists()
+
+    def _read(self, case: Found, patient: str, stamp: str) -> Record:
+        try:
+            if case.fault is not None or case.read is None:
+                raise case.fault or Faulty(Reason.UNREADABLE, "nothing reads it")
+            raw = case.read(self.label_map)
+        except Faulty as fault:
+            return Record(stamp, None, fault.reason, fault.detail, fault.unmapped, patient=patient)
+        digest = self.cache.put(raw)
+        entry = Entry(
+            key=digest[:16],
+            patient=patient,
+            site=case.site,
+            split=case.split,
+            digest=digest,
+            shape=() if raw.image is None else raw.image.shape,
+            groups=dict(raw.groups),
+            source=case.source,
+            annotates=Naming.of(self.label_map).annotates,
+        )
+        return Record(stamp, entry, unmapped=raw.unmapped, notes=raw.notes, patient=patient)
 
 
 def _unless_duplicate(source: str, record: Record, holder: dict[str, str]) -> Record:
@@ -225,12 +232,13 @@ def _unless_duplicate(source: str, record: Record, holder: dict[str, str]) -> Re
 
     Not so rows of a table alone: two patients may well have the same few numbers.
     """
-    if record.entry is None or not record.entry.shape:
+    entry = record.entry
+    if entry is None or not entry.shape:
         return record
-    first = holder.setdefault(record.entry.digest, source)
+    first = holder.setdefault(entry.digest, source)
     if first == source:
-        return record
-    return replace(record, entry=None, reason=Reason.DUPLICATE, detail=f"equals {first}")
+        return replace(record, twin=None, reason="", detail="")
+    return replace(record, entry=None, twin=entry, reason=Reason.DUPLICATE, detail=f"equals {first}")
 
 
 def _stamp(root: Path, files: Iterable[Path], facts: Sequence[object]) -> str:

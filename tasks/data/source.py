@@ -46,6 +46,7 @@ class Reason(StrEnum):
     EXISTS = "already there"
     FRAME = "other frame of reference"
     CELL = "unusable table cell"
+    BARRED = "forgotten patient"
 
 
 class Faulty(ValueError):

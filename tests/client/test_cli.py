@@ -79,7 +79,7 @@ def test_partly_is_an_exit_code_and_a_table(root: Path, capsys: pytest.CaptureFi
             Exit.CONFIG,
             "error: manifest has no column label; it has image, mask",
         ),
-        (["--workers", "0"], Exit.USAGE, "error: "),
+        (["--workers", "-1"], Exit.USAGE, "error: "),
         (["--no-such-option"], Exit.USAGE, "error: "),
     ],
 )

@@ -50,7 +50,7 @@ def test_nothing_of_an_exception_leaves_but_its_code(
         raise error
 
     if where == "load":
-        archive = replace(desk.site.archive, load=fail)
+        archive = replace(desk.site.archive.of("r"), load=fail)
         desk.site = replace(desk.site, archive=archive)
     else:
         monkeypatch.setattr(Quadratic, where, fail)

@@ -16,7 +16,8 @@ from PIL import Image
 from conf.exits import Exit, Stop
 from conf.schema import Columns
 from tasks.data.cache import Cache
-from tasks.data.ingest import NothingKept, Refused, Report, ingest, patient_key
+from tasks.data.ingest import NothingKept, Refused, Report, ingest
+from tasks.data.patients import patient_key
 from tasks.data.source import Reason
 from tasks.data.splits import split
 
@@ -196,7 +197,8 @@ def test_a_useless_manifest_stops(
     with pytest.raises(Stop, match=message) as caught:
         run(tmp_path / "data", "manifest.csv", columns)
     assert caught.value.exit is exit
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert Cache(tmp_path / "cache").entries == ()
 
 
 def test_sites_are_first_folders_where_there_are_several(tmp_path: Path, run: Run) -> None:
@@ -245,7 +247,6 @@ def test_what_concerns_the_whole_stops(tmp_path: Path, run: Run) -> None:
     assert nothing.value.exit is Exit.NO_CASES
     with pytest.raises(Stop, match=r"cache .* lies below data\.root"):
         run(tmp_path)
-    assert not (tmp_path / "cache").exists()
 
 
 def test_nothing_kept_leaves_the_cache_as_it_was(tmp_path: Path, run: Run) -> None:
@@ -278,7 +279,14 @@ def test_a_killed_ingest_leaves_the_old_index(tmp_path: Path, run: Run) -> None:
     after = Cache(tmp_path / "cache")
     assert after.entries == before.entries
     after.verify()
-    assert run(root)[0].kept == 4
+    with (tmp_path / "cache" / "journal.jsonl").open("ab") as file:
+        file.write(b'{"version":')  # and a torn line
+    (tmp_path / "cache" / "objects" / ".1.part").write_bytes(b"an object half written")
+    report, now = run(root)
+    assert (report.kept, report.read) == (4, 0)
+    now.verify()
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["index.json", "ingest.lock", "objects"]
+    assert len([p for p in (tmp_path / "cache" / "objects").rglob("*") if p.is_file()]) == 4
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""`wardround-site init`: a new site's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.places import NAME
+from conf.exits import Exit, Stop
+
+_FILE = """\
+# What this hospital says about itself: read by wardround-site and the trainer, never sent.
+# Relative paths count from this file's folder.
+
+name: {name}          # as the federation knows this site
+
+data:
+  root: {root}        # DICOM series, NIfTI or pictures; only read, never written
+  # manifest: manifest.csv            # a CSV below root with a case per row
+  # columns: {{image: image, label: label, patient: patient, site: null, split: null}}
+  # label_map: {{0: 0, 255: 1}}         # file values to classes, or: nonzero
+  # workers: 0                        # processes that read; 0: one per core
+
+cache: cache          # cases in pseudonymous form, made by: wardround-site ingest
+state: state          # plans, replies, incidents, ingest reports
+key: state/patient.key  # names patients. Back it up: without it the same patient gets another name
+audit: audit.jsonl    # every request, decision and release; check it with: wardround-site audit
+
+# policy:             # what the coordinator may ask for
+#   tasks: [segmentation]             # default: every installed one
+#   statistics: exact                 # or none: scores stay home
+#   minimum_cell: 10                  # fewest patients behind any number that leaves
+
+# val_fraction: 0.1
+# test_fraction: 0.2
+# device: auto
+"""
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="the new site's folder")],
+    name: Annotated[str, typer.Option(help="the site's name in the federation")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="data root  [default: data/ in the folder]")
+    ] = None,
+) -> None:
+    """Make a site's folder: site.yaml to fill in, the key that names patients, places for its owner only."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from client.audit import Audit
+    from conf.files import write_atomic
+    from conf.schema import SiteName
+    from tasks.data.patients import fingerprint, patient_key
+
+    try:
+        TypeAdapter(SiteName).validate_python(name)
+    except ValidationError:
+        accepted = "letters, digits, - _ and . (64 at most), a letter or digit first"
+        raise Stop(Exit.CONFIG, f"--name {name!r}; accepted are {accepted}") from None
+    file = folder / NAME
+    if file.exists():
+        raise Stop(Exit.CONFIG, f"{file} exists; nothing was changed: edit it, or choose another folder")
+    for place in (folder, folder / "cache", folder / "state", folder / "run"):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place.chmod(0o700)
+    if data is None:
+        (folder / "data").mkdir(mode=0o700, exist_ok=True)
+    key = folder / "state" / "patient.key"
+    audit = Audit(folder / "audit.jsonl")
+    audit.add("init", site=name, key=fingerprint(patient_key(key)))
+    # JSON's quoted text is YAML's too
+    text = _FILE.format(name=_quoted(name), root=_quoted(str(data.absolute() if data else "data")))
+    write_atomic(file, text.encode())  # last: a site without it is made again
+    file.chmod(0o600)
+    typer.echo(
+        f"{file} describes site {name}; {key} names its patients: keep a copy where only you can read it"
+    )
+    typer.echo(f"next: put the data root into {file}, then wardround-site ingest --site-file {file}")
+
+
+def _quoted(text: str) -> str:
+    import json
+
+    return json.dumps(text, ensure_ascii=False)
