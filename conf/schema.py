@@ -125,7 +125,7 @@ class Columns(Frozen):
     site: str | None = None
     split: str | None = None
     labels: tuple[str, ...] = ()
-    table: dict[str, Literal["number"] | tuple[str, ...]] = Field(default_factory=dict)
+    table: dict[str, Literal["number"] | tuple[str, ...]] | None = None
     attribute: str | None = None
     pages: Literal["refuse", "volume"] = "refuse"
 

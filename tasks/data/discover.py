@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from conf.exits import Exit, Stop
 from conf.schema import Columns
-from tasks.data import images, nifti
-from tasks.data.source import Faulty, Found, LabelMap, Raw, Reason
+from tasks.data import arrays, images, nifti, tables
+from tasks.data.source import Faulty, Found, LabelMap, Naming, Raw, Reason
 
 _SPLITS = {
     "": None,
@@ -26,71 +25,78 @@ _SPLITS = {
     "test": "test",
     "testing": "test",
 }
+SUFFIXES = (*nifti.SUFFIXES, *images.SUFFIXES)
 _IMAGE_WORDS = {"image", "images", "img", "imgs"}
 _MASK_WORDS = {"label", "labels", "mask", "masks", "seg", "segmentation", "segmentations"}
 
 
 def kind(path: PurePosixPath | Path) -> str | None:
-    """`nifti`, `image`, or None for a file of neither kind."""
+    """`nifti`, `image`, `arrays`, or None for a file of no such kind."""
     name = path.name.lower()
     if name.endswith(nifti.SUFFIXES):
         return "nifti"
+    if name.endswith(arrays.SUFFIX):
+        return "arrays"
     return "image" if name.endswith(images.SUFFIXES) else None
 
 
-def from_manifest(
-    root: Path,
-    name: str,
-    columns: Columns,
-    label_map: LabelMap = None,  # noqa: ARG001
-) -> list[Found]:
+def from_manifest(root: Path, name: str, columns: Columns, label_map: LabelMap = None) -> list[Found]:
     """One case per row; paths are relative to the root and stay below it.
 
+    The label column holds mask files where every cell that is not empty ends in a known suffix; otherwise
+    it holds classes, as the columns of `columns.labels` do.
+
     Raises:
-        Stop: (`CONFIG`) no such manifest, a column is missing (the message lists them), or `site_names`.
+        Stop: (`CONFIG`) no such manifest, a column is missing (the message lists them), a class name is not
+            mapped, or `site_names`.
     """
-    path = root / name
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-            header = rows[0].keys() if rows else ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Stop(Exit.CONFIG, f"data.manifest {path} cannot be read: {error}") from None
-    if not rows:
-        raise Stop(Exit.NO_CASES, f"data.manifest {path} has no rows")
-    wanted = [c for c in (columns.image, columns.label, columns.patient, columns.site, columns.split) if c]
-    missing = [c for c in wanted if c not in header]
-    if missing:
-        known = ", ".join(str(c) for c in header)
-        raise Stop(Exit.CONFIG, f"manifest has no column {', '.join(missing)}; it has {known} (data.columns)")
+    rows = tables.read_rows(root / name)
+    tables.check_header(rows, columns)
+    classes = dict(zip(columns.labels, columns.labels, strict=True))
+    masks = columns.label if tables.holds_files(rows, columns.label, SUFFIXES) else None
+    if columns.label and not masks:
+        classes[columns.label] = "label"
+    names = Naming.of(label_map)
+    tables.check_names(rows, list(classes), names)
     found: dict[str, Found] = {}
-    for number, row in enumerate(rows, 2):
-        case = _row(root, row, columns)
+    for line, row in enumerate(rows, 2):
+        case = Found(_named(row, columns, masks) or f"{name}:{line}", "", ())
+        try:
+            case = replace(case, patient=row[columns.patient] if columns.patient else case.source)
+            cells = tables.read_cells(row, classes, columns, names)
+            case = _placed(replace(case, cells=cells.texts), row, columns)
+            case = _filed(case, root, row, columns, masks, cells)
+        except Faulty as fault:
+            case = replace(case, fault=fault)
         if case.source in found:
-            fault = Faulty(Reason.DUPLICATE, f"line {number} of the manifest repeats an image")
-            case = replace(case, source=f"{case.source} (line {number})", fault=case.fault or fault)
+            again = Faulty(Reason.DUPLICATE, f"line {line} of the manifest repeats an image")
+            case = replace(case, source=f"{case.source} (line {line})", fault=case.fault or again)
         found[case.source] = case
     sites = site_names(case.site for case in found.values() if case.site)
     return [replace(case, site=sites[case.site]) if case.site else case for case in found.values()]
 
 
-def from_folders(root: Path, files: Iterable[Path], *, with_masks: bool) -> list[Found]:
-    """Cases of the NIfTI and picture files among `files`, image and mask paired by name.
+def from_folders(
+    root: Path, files: Iterable[Path], *, with_masks: bool, pages: str = "refuse"
+) -> list[Found]:
+    """Cases of the NIfTI and picture files among `files`, image and mask paired by name, and of `.npz`.
 
     `a/image/x` goes with `a/label/x` (or images, labels, mask, masks). A file in no such folder is an
     image, unless its name says otherwise: `label_x`, `x_seg` go with `image_x`, `x` beside them.
     """
     groups: dict[tuple[str, str], tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
+    found: list[Found] = []
     for path in files:
-        if kind(path) is not None:
+        if kind(path) == "arrays":
+            found += arrays.from_arrays(root, path)
+        elif kind(path) is not None:
             place, stem, is_mask = _role(path.relative_to(root))
             groups[place, stem][is_mask].append(path)
-    found: list[Found] = []
     for (_, _), (pictures, masks) in sorted(groups.items()):
         if with_masks:
-            found += _paired(root, pictures, masks)
+            found += _paired(root, pictures, masks, pages)
         else:
-            found += [_case(root, p, None) for p in pictures]
+            found += [_case(root, p, None, pages) for p in pictures]
     return found
 
 
@@ -125,34 +131,44 @@ def site_names(texts: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _row(root: Path, row: dict[str, str | None], columns: Columns) -> Found:
-    def cell(column: str | None) -> str:
-        return (row.get(column) or "").strip() if column else ""
+def _named(row: tables.Row, columns: Columns, masks: str | None) -> str:
+    """What a case is called: by its image; empty for a row of a table alone."""
+    if columns.image is None:
+        return ""
+    return row[columns.image] or (row[masks] if masks else "") or "(empty row)"
 
-    source, mask_source = cell(columns.image), cell(columns.label)
-    found = Found(source or mask_source or "(empty row)", cell(columns.patient) or source, ())
-    try:
-        image, mask = _below(root, source), _below(root, mask_source)
-        if image is None and mask is None:
-            raise Faulty(Reason.UNREADABLE, "no such file")
-        if image is None:
-            raise Faulty(Reason.NO_IMAGE, f"image {source or '(empty)'} does not exist")
-        if mask is None and columns.label:
-            raise Faulty(Reason.NO_MASK, f"mask {mask_source or '(empty)'} does not exist")
-        if columns.patient and not cell(columns.patient):
-            raise Faulty(Reason.NO_PATIENT, f"column {columns.patient} is empty")
-        suggested = cell(columns.split).lower()
-        if suggested not in _SPLITS:
-            raise Faulty(Reason.SPLIT, f"column {columns.split} has {suggested!r}; accepted train, val, test")
-        return replace(
-            found,
-            files=(image,) if mask is None else (image, mask),
-            read=_reader(image, mask),
-            site=cell(columns.site) or None,
-            split=_SPLITS[suggested],
-        )
-    except Faulty as fault:
-        return replace(found, fault=fault)
+
+def _placed(case: Found, row: tables.Row, columns: Columns) -> Found:
+    """Whose case it is, where it belongs, and what the manifest wants it for."""
+    if columns.patient and not case.patient:
+        raise Faulty(Reason.NO_PATIENT, f"column {columns.patient} is empty")
+    suggested = row[columns.split].lower() if columns.split else ""
+    if suggested not in _SPLITS:
+        raise Faulty(Reason.SPLIT, f"column {columns.split} has {suggested!r}; accepted train, val, test")
+    site = row[columns.site] if columns.site else ""
+    return replace(case, site=site or None, split=_SPLITS[suggested])
+
+
+def _filed(
+    case: Found, root: Path, row: tables.Row, columns: Columns, masks: str | None, cells: tables.Cells
+) -> Found:
+    """The case with its files and what reads them."""
+    if columns.image is None:
+        return replace(case, read=cells.alone)
+    source, mask_source = row[columns.image], row[masks] if masks else ""
+    image, mask = _below(root, source), _below(root, mask_source)
+    if image is None and mask is None:
+        raise Faulty(Reason.UNREADABLE, "no such file")
+    if image is None:
+        raise Faulty(Reason.NO_IMAGE, f"image {source or '(empty)'} does not exist")
+    if mask is None and masks:
+        raise Faulty(Reason.NO_MASK, f"mask {mask_source or '(empty)'} does not exist")
+    read = partial(_with_cells, _reader(image, mask, columns.pages), cells)
+    return replace(case, files=(image,) if mask is None else (image, mask), read=read)
+
+
+def _with_cells(read: Callable[[LabelMap], Raw], cells: tables.Cells, label_map: LabelMap) -> Raw:
+    return cells.onto(read(label_map))
 
 
 def _below(root: Path, name: str) -> Path | None:
@@ -165,7 +181,7 @@ def _below(root: Path, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _paired(root: Path, pictures: list[Path], masks: list[Path]) -> list[Found]:
+def _paired(root: Path, pictures: list[Path], masks: list[Path], pages: str) -> list[Found]:
     if not pictures:
         return [_refused(root, m, Reason.NO_IMAGE, "no image of that name") for m in masks]
     if not masks:
@@ -173,12 +189,12 @@ def _paired(root: Path, pictures: list[Path], masks: list[Path]) -> list[Found]:
     if len(pictures) > 1 or len(masks) > 1:
         names = ", ".join(p.name for p in (*pictures, *masks))
         return [_refused(root, p, Reason.SEVERAL_FILES, names) for p in pictures]
-    return [_case(root, pictures[0], masks[0])]
+    return [_case(root, pictures[0], masks[0], pages)]
 
 
-def _case(root: Path, image: Path, mask: Path | None) -> Found:
+def _case(root: Path, image: Path, mask: Path | None, pages: str) -> Found:
     source = image.relative_to(root).as_posix()
-    return Found(source, source, (image,) if mask is None else (image, mask), _reader(image, mask))
+    return Found(source, source, (image,) if mask is None else (image, mask), _reader(image, mask, pages))
 
 
 def _refused(root: Path, path: Path, reason: Reason, detail: str) -> Found:
@@ -186,18 +202,18 @@ def _refused(root: Path, path: Path, reason: Reason, detail: str) -> Found:
     return Found(source, source, (path,), fault=Faulty(reason, detail))
 
 
-def _reader(image: Path, mask: Path | None) -> Callable[[LabelMap], Raw]:
-    known = {"nifti": nifti.read_pair, "image": images.read_pair}.get(kind(image) or "")
-    if known is None:
-        accepted = ", ".join((*nifti.SUFFIXES, *images.SUFFIXES))
-        raise Faulty(Reason.UNREADABLE, f"{image.name} has no known suffix; accepted {accepted}")
-    return partial(known, image, mask)
+def _reader(image: Path, mask: Path | None, pages: str) -> Callable[[LabelMap], Raw]:
+    if kind(image) == "nifti":
+        return partial(nifti.read_pair, image, mask)
+    if kind(image) == "image":
+        return partial(images.read_pair, image, mask, pages=pages)
+    raise Faulty(Reason.UNREADABLE, f"{image.name} has no known suffix; accepted {', '.join(SUFFIXES)}")
 
 
 def _role(path: Path) -> tuple[str, str, bool]:
     """Where a pair stands, its common name, and whether this file is the mask."""
     stem = path.name
-    for suffix in sorted((*nifti.SUFFIXES, *images.SUFFIXES), key=len, reverse=True):
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if stem.lower().endswith(suffix):
             stem = stem[: -len(suffix)]
             break

@@ -64,14 +64,24 @@ def deal(entries: Sequence[Entry], sites: int, seed: int) -> Parts:
 def by_site(entries: Iterable[Entry]) -> Parts:
     """Cases by the site they came from, names sorted; empty where no case has one.
 
+    Test patients without a site are a test set that belongs to all: they are dealt out in the order of
+    their hash, so each is scored once. Which site scores one then says nothing about that site.
+
     Raises:
-        Stop: (`CONFIG`) only some have a site.
+        Stop: (`CONFIG`) only some have a site, and not all others are for testing.
     """
     groups: dict[str | None, list[Entry]] = defaultdict(list)
     for entry in entries:
         groups[entry.site].append(entry)
     nowhere = groups.pop(None, [])
-    if nowhere and groups:
+    strangers = {e.patient for e in nowhere} - {e.patient for own in groups.values() for e in own}
+    if groups and all(e.split == "test" and e.patient in strangers for e in nowhere):
+        sites = sorted(n for n in groups if n is not None)
+        ordered = sorted(strangers, key=lambda p: (_hash(0, "site", p), p))
+        turn = {patient: sites[i % len(sites)] for i, patient in enumerate(ordered)}
+        for entry in nowhere:
+            groups[turn[entry.patient]].append(entry)
+    elif nowhere and groups:
         raise Stop(
             Exit.CONFIG,
             f"{len(nowhere)} cases have no site, the others have one of {len(groups)}; fill the site column "

@@ -185,7 +185,7 @@ def test_a_manifest_says_what_belongs_together(tmp_path: Path, run: Run) -> None
         ("", Columns(), Exit.NO_CASES, "has no rows"),
         ("image,mask\na,b\n", Columns(), Exit.CONFIG, "no column label; it has image, mask"),
         ("image,label\na,b\n", Columns(site="site"), Exit.CONFIG, "no column site"),
-        ("image,label\na,b\n", Columns(), Exit.NO_CASES, "no usable case below .*: 1 unreadable"),
+        ("image,label\na,b.png\n", Columns(), Exit.NO_CASES, "no usable case below .*: 1 unreadable"),
     ],
 )
 def test_a_useless_manifest_stops(

@@ -129,5 +129,11 @@ def test_sites_come_from_the_entries() -> None:
         "north": ["a", "c"],
     }
     assert by_site([entry("a")]) == {}
+    shared = [entry(f"t{i}", part="test") for i in range(5)]
+    dealt = by_site([*cases, *shared])
+    assert sorted(e.key for own in dealt.values() for e in own) == sorted(e.key for e in [*cases, *shared])
+    assert {s: sum(e.split == "test" for e in own) for s, own in dealt.items()} == {"east": 3, "north": 2}
+    with pytest.raises(Stop, match="1 cases have no site"):  # it would be trained on at north
+        by_site([*cases, entry("a", 1, part="test")])
     with pytest.raises(Stop, match="1 cases have no site"):
         by_site([*cases, entry("d")])
