@@ -14,13 +14,18 @@ from pathlib import Path
 from conf.exits import Exit, Stop
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, mode: int | None = None) -> None:
     """Write a file so that a crash at any moment leaves the old content or the new, on disk.
 
     Temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Args:
+        mode: who may read it, from its first moment on; None: as the umask says.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident():x}.part")
     try:
+        if mode is not None:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, mode))
         write_synced(temporary, content)
         temporary.replace(path)
     except BaseException:

@@ -19,7 +19,7 @@ from conf.exits import Exit, Stop
 if TYPE_CHECKING:
     from client.sitefile import SiteData
     from tasks.data.ingest import Progress as Told
-    from tasks.data.ingest import Refused
+    from tasks.data.ingest import Refused, Report
 
 _SHOWN = 20  # refused cases listed; the counts cover all
 
@@ -106,11 +106,24 @@ def _run(root: Path, places: Places, data: SiteData) -> None:
             )
     except NothingKept as stop:
         _show(stop.report.refused)
+        _write(stop.report, root, places)
         raise
     _show(report.refused)
+    if report.changed or not places.report.with_suffix(".html").exists():
+        _write(report, root, places)
+    typer.echo(f"report: {places.report}.txt, .json, and .html with pictures, for this site's eyes only")
     count = len(report.refused)
     typer.echo(f"{report.kept} cases in {places.cache} ({report.read} read now), {count} refused")
     raise typer.Exit(report.exit.value)
+
+
+def _write(report: Report, root: Path, places: Places) -> None:
+    from client.ingest_page import write_report
+    from tasks.data.cache import Cache
+    from tasks.data.summary import summarise
+
+    summary = summarise(report.records, report.read)
+    write_report(places.report, root.resolve().name, summary, report.records, Cache(places.cache))
 
 
 def parse_label_map(text: str | None) -> dict[int, int] | Literal["nonzero"] | None:

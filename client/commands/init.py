@@ -72,8 +72,7 @@ def init(
     audit.add("init", site=name, key=fingerprint(patient_key(key)))
     # JSON's quoted text is YAML's too
     text = _FILE.format(name=_quoted(name), root=_quoted(str(data.absolute() if data else "data")))
-    write_atomic(file, text.encode())  # last: a site without it is made again
-    file.chmod(0o600)
+    write_atomic(file, text.encode(), mode=0o600)  # last: a site without it is made again
     typer.echo(
         f"{file} describes site {name}; {key} names its patients: keep a copy where only you can read it"
     )

@@ -23,6 +23,7 @@ from tasks.data.frozen import sweep
 from tasks.data.journal import Journal
 from tasks.data.patients import Barred, fingerprint, pseudonym
 from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason
+from tasks.data.summary import facts
 
 _NOBODY = Barred()
 
@@ -44,7 +45,8 @@ class Report:
 
     Attributes:
         unmapped: labels that are no class here, and in how many cases. notes: what was decided while
-            reading, likewise. Both stay at the site.
+            reading, likewise. records: all that is known, by source; changed: since the last ingest.
+            These stay at the site.
     """
 
     kept: int
@@ -52,6 +54,8 @@ class Report:
     refused: tuple[Refused, ...]
     unmapped: Mapping[str, int] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
+    records: Mapping[str, Record] = field(default_factory=dict, repr=False, compare=False)
+    changed: bool = True
 
     @property
     def exit(self) -> Exit:
@@ -103,7 +107,7 @@ def ingest(
     files = sorted(_walk(root)) if manifest is None else []
     tree = _stamp(root, files, [*settings, sorted(barred.names)]) if files else ""
     if tree and tree == cache.index.tree:
-        return _report(cache.index.records, read=0)
+        return replace(_report(cache.index.records, read=0), changed=False)
     from tasks.data.labels import check_label_map  # readers cost more to import than a run without work
 
     check_label_map(label_map)
@@ -192,8 +196,8 @@ class _Job:
         patient = pseudonym(self.key, case.patient)
         if patient in self.barred:
             return Record("", None, Reason.BARRED, patient=patient), False
-        facts = [*self.settings, patient, case.site, case.split, case.fault and str(case.fault), case.cells]
-        stamp = _stamp(self.root, case.files, facts)
+        given = [*self.settings, patient, case.site, case.split, case.fault and str(case.fault), case.cells]
+        stamp = _stamp(self.root, case.files, given)
         known = self.before.get(case.source)
         if known is not None and known.stamp == stamp and self._holds(known):
             return replace(known, entry=known.entry or known.twin), False
@@ -224,7 +228,7 @@ class _Job:
             source=case.source,
             annotates=Naming.of(self.label_map).annotates,
         )
-        return Record(stamp, entry, unmapped=raw.unmapped, notes=raw.notes, patient=patient)
+        return Record(stamp, entry, unmapped=raw.unmapped, notes=raw.notes, patient=patient, facts=facts(raw))
 
 
 def _unless_duplicate(source: str, record: Record, holder: dict[str, str]) -> Record:
@@ -262,7 +266,7 @@ def _report(records: Mapping[str, Record], read: int) -> Report:
     )
     unmapped = Counter(name for r in records.values() for name in r.unmapped)
     notes = Counter(note for r in records.values() for note in r.notes)
-    return Report(len(records) - len(refused), read, refused, dict(unmapped), dict(notes))
+    return Report(len(records) - len(refused), read, refused, dict(unmapped), dict(notes), records)
 
 
 def _nothing(root: Path, report: Report) -> str:

@@ -94,8 +94,7 @@ class Barred:
         new = Barred(self.names | set(more), fingerprint(key))
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with no_space(path, "repeat"):
-            write_atomic(path, json.dumps({"barred": sorted(new.names), "key": new.key}).encode())
-        path.chmod(0o600)
+            write_atomic(path, json.dumps({"barred": sorted(new.names), "key": new.key}).encode(), mode=0o600)
         return new
 
 
