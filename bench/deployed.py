@@ -211,8 +211,8 @@ def torchless(table: Table, loop: Idlers) -> None:
 
 def stop(loop: Idlers, run: int) -> None:
     """Stop a run, as an operator does, and wait for its end."""
-    with loop.link.control() as control:
-        control.stop(run)
+    with loop.control() as superlink:
+        superlink.stop(run)
     loop.finish(run)
 
 

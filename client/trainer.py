@@ -11,12 +11,13 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import importlib
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from client.train import Bench
 from conf.exits import Exit, Stop
 from strategies.letter import Answer, Call, Unreadable
 from strategies.protocol import Failure, Instruction, Refused, Reply, Tree, digest, pack, unpack
+from tasks.start import HEAVY, without_plots
 
 _ROOM = 8  # jobs that may wait: each holds its payload in memory
 _LONGEST_S = 30.0  # a call waits no longer, whatever it asks for: the agent's thread is freed
@@ -64,9 +66,10 @@ class Trainer:
     Args:
         site: answers instructions, one at a time.
         bench: what `site` trains on; its `halt` is set, so that a job can be cancelled.
+        preload: modules that are imported before the first job, while nobody waits.
     """
 
-    def __init__(self, site: Handler, bench: Bench) -> None:
+    def __init__(self, site: Handler, bench: Bench, preload: Sequence[str] = ()) -> None:
         self._site = site
         self._jobs: dict[str, _Job] = {}
         self._change = threading.Condition()
@@ -74,6 +77,7 @@ class Trainer:
         self._open = True
         self._bench = bench
         bench.halt = self._halt
+        self._preload = preload
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
         self._thread.start()
 
@@ -102,6 +106,8 @@ class Trainer:
             self._change.notify_all()
 
     def _work(self) -> None:
+        for name in self._preload:
+            importlib.import_module(name)
         _warm_up(self._bench)
         while (job := self._next()) is not None:
             call, job.call = job.call, None
@@ -227,12 +233,12 @@ def leave_network() -> bool:
     return True
 
 
-def serve(site: Handler, bench: Bench, socket: Path) -> None:
+def serve(site: Handler, bench: Bench, socket: Path, preload: Sequence[str] = ()) -> None:
     """Serve until told to stop (SIGTERM, SIGINT)."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with serving(Trainer(site, bench), socket):
+    with serving(Trainer(site, bench, preload), socket):
         log.info("trainer of %s is ready", site.name)
         stop.wait()
 
@@ -247,9 +253,10 @@ def main(arguments: list[str] | None = None) -> None:
         log.warning("this process keeps its network: the system does not let it go")
     from client.sitefile import SiteFile
 
+    without_plots()
     file = SiteFile.read(asked.site)
     bench = Bench(file.device)
-    serve(file.site(bench), bench, file.socket)
+    serve(file.site(bench), bench, file.socket, HEAVY)
 
 
 if __name__ == "__main__":

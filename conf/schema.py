@@ -205,7 +205,9 @@ class Run(Frozen):
 class Runtime(Frozen):
     """What carries the round. It never changes the result."""
 
-    name: Literal["local", "ray"] = "local"
+    name: Literal["local", "ray", "flower"] = Field(
+        "local", description="flower: at real sites, what wardround submit writes"
+    )
     workers: int = Field(0, ge=0, le=1024, description="processes; 0 = one per core")
     ray_address: str | None = Field(None, description="cluster to join; none = start one here")
     gpus_per_site: float = Field(0.0, ge=0, le=64, description="GPUs a worker takes; ray only")

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -30,8 +30,8 @@ import httpx
 from conf.exits import Exit, Stop
 from conf.schema import Plan
 from deploy.keys import authority, node, secret
-from server.coordinator import prepare
-from server.link import Link, bundle
+from server.control import Control, bundle, control
+from server.runfolder import prepare
 
 PROJECT = Path(__file__).resolve().parents[1]
 _FIRST_S, _LAST_S = 0.2, 5.0  # pauses of a supervisor before it starts a process again
@@ -101,16 +101,15 @@ class Loopback:
         (self.folder / "sites.json").write_text(json.dumps(self.keys))
         self.bundle = bundle()
         (self.folder / "bundles").write_text(hashlib.sha256(self.bundle).hexdigest() + "\n")
-        self.link = Link(f"127.0.0.1:{self.port}", (keys / "ca.crt").read_bytes())
         self._keeper.start()
         self.start("superlink", self.superlink())
         self.start("coordinator", self.coordinator())
         for site in self.sites:
             self.start(f"trainer-{site}", self._trainer(site, self.socket(site)))
         self.until("SuperLink", self.healthy)
-        with self.link.control() as control:
+        with self.control() as superlink:
             for site, key in self.keys.items():
-                control.register(site, key)
+                superlink.register(site, key)
         for site in self.sites:
             self.start(f"agent-{site}", self.agent(site))
 
@@ -261,8 +260,12 @@ class Loopback:
     def submit(self, name: str, plan: Plan, sites: Sequence[str] | None = None) -> int:
         """Start a run of a plan; returns Flower's number of it."""
         prepare(self.folder / "runs" / name, plan, list(sites or self.sites))
-        with self.link.control() as control:
-            return control.start(self.bundle, {"run": name})
+        with self.control() as superlink:
+            return superlink.start(self.bundle, {"run": name})
+
+    def control(self) -> AbstractContextManager[Control]:
+        """What an operator can do at SuperLink."""
+        return control(f"127.0.0.1:{self.port}", (self.folder / "keys" / "ca.crt").read_bytes())
 
     def logs(self, size: int = 2000) -> str:
         """The ends of all logs."""
@@ -272,12 +275,12 @@ class Loopback:
     def finish(self, run: int, seconds: float = 300.0) -> str:
         """Wait for a run's end; `completed`, or `failed: EXIT`."""
         said = ("", "", "")
-        with self.link.control() as control:
+        with self.control() as superlink:
 
             def over() -> bool:
                 nonlocal said
                 with suppress(httpx.HTTPError):
-                    said = control.status(run)
+                    said = superlink.status(run)
                 return said[0] == "finished"
 
             self.until(f"the end of run {run}", over, seconds, 0.3)

@@ -10,16 +10,16 @@ import argparse
 import json
 import logging
 import re
-import secrets
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from flwr.serverapp import Grid
 
 from conf.exits import Exit, Stop
-from conf.files import write_atomic
 from conf.schema import Plan
 from server.exchange.flower import FlowerExchange
 from server.link import Link, Post
@@ -28,6 +28,7 @@ from server.telemetry import Meter
 from strategies import build_strategy
 from strategies.base import Study
 from strategies.code import code_digest
+from tasks.start import HEAVY, without_plots
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -94,26 +95,7 @@ class Coordinator:
         run.train()
 
 
-def prepare(path: Path, plan: Plan, sites: list[str]) -> None:
-    """Make the directory of a run: what the coordinator will read when its task comes.
-
-    Raises:
-        Stop: (`RUN_EXISTS`).
-    """
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise Stop(Exit.RUN_EXISTS, f"{path} exists; choose another name") from None
-    write_atomic(path / "plan.json", plan.canonical().encode())
-    about = {
-        "id": secrets.token_hex(16),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sites": sorted(sites),
-    }
-    write_atomic(path / "run.json", json.dumps(about).encode())
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, preload: Sequence[str] = HEAVY) -> None:
     """`python -m server.coordinator --superlink HOST:PORT …`: take tasks until told to stop."""
     parser = argparse.ArgumentParser(prog="server.coordinator", description="Conduct runs over SuperLink.")
     parser.add_argument("--superlink", required=True, help="host:port")
@@ -135,9 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
     coordinator = Coordinator(asked.runs, sites, asked.wait, asked.lost_after)
     if asked.metrics:
         coordinator.meter.serve(asked.metrics)
+    without_plots()
+    heavy = threading.Thread(target=lambda: [import_module(name) for name in preload], daemon=True)
+    heavy.start()  # while SuperLink and the sites come up
     while True:
         try:
             with link.task(asked.token) as (grid, settings):
+                heavy.join()
                 coordinator.conduct(grid, str(settings.get("run", "")))
         except Stop as stop:
             if stop.exit is Exit.LINK:

@@ -6,7 +6,6 @@ loopback tests (`tests/federation/test_flower*.py`) show whether they still hold
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,16 +18,8 @@ from pathlib import Path
 
 import httpx
 from flwr.app import ArrayRecord, Message
-from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SubStatus
-from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
-from flwr.proto.control_pb2 import (
-    ListNodesRequest,
-    ListRunsRequest,
-    RegisterNodeRequest,
-    StartRunRequest,
-    StopRunRequest,
-)
+from flwr.common.serde import run_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.run_pb2 import Run as RunProto
 from flwr.proto.runtime_pb2 import (
@@ -39,8 +30,6 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
@@ -241,77 +230,6 @@ class Link:
         finally:
             invoker.should_giveup = give_up
         return True
-
-    @contextmanager
-    def control(self) -> Iterator[Control]:
-        """SuperLink's Control API. It asks for no credentials: SuperLink must listen on loopback only."""
-        client = ControlHttpClient.from_server_address(
-            self.address, insecure=False, root_certificates=self.certificates, interceptors=[]
-        )
-        try:
-            yield Control(client)
-        finally:
-            client.close()  # an idle TLS client would delay SuperLink's end by half a minute
-
-
-@dataclass(frozen=True)
-class Control:
-    """What an operator does at SuperLink."""
-
-    client: ControlHttpClient
-
-    def register(self, name: str, key: str) -> int:
-        """Let the node with this public key (PEM) in; returns its number."""
-        request = RegisterNodeRequest(public_key=key.encode(), name=name)
-        return int(self.client.RegisterNode(request).node_id)
-
-    def online(self) -> int:
-        """How many nodes are online."""
-        return sum(node.status == "online" for node in self.client.ListNodes(ListNodesRequest()).nodes_info)
-
-    def start(self, bundle: bytes, settings: Mapping[str, str]) -> int:
-        """Start a run; returns its number."""
-        fab = fab_to_proto(Fab(hashlib.sha256(bundle).hexdigest(), bundle, {}))
-        request = StartRunRequest(fab=fab, override_config=user_config_to_proto(dict(settings)))
-        return int(self.client.StartRun(request).run_id)
-
-    def status(self, run: int) -> tuple[str, str, str]:
-        """Status, sub-status and detail of a run."""
-        (found,) = self.client.ListRuns(ListRunsRequest(run_id=run)).run_dict.values()
-        return found.status.status, found.status.sub_status, found.status.details
-
-    def stop(self, run: int) -> None:
-        """Stop a run."""
-        self.client.StopRun(StopRunRequest(run_id=run))
-
-
-#: A bundle without code: both ends run what they have installed. It only names the two apps.
-_BUNDLE = b"""\
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "wardround"
-version = "1.0.0"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "wardround"
-
-[tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
-
-[tool.flwr.app.config]
-run = ""
-"""
-
-
-def bundle() -> bytes:
-    """The bundle that every run is started with: the same bytes each time."""
-    return build_fab_from_files({"pyproject.toml": _BUNDLE})[0]
 
 
 def _unless_away(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from conf.exits import Exit, Stop
 from conf.files import no_space, write_atomic
-from conf.schema import Settings, complaint
+from conf.schema import Data, Plan, Runtime, Settings, complaint
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,22 @@ class RunFolder:
     """`config.yaml`, `plan.json`, `run.json`; the round loop adds the rest.
 
     Attributes:
-        id: random, made with the folder.
+        id: random, made with the folder. sites: who was chosen, in a deployed run.
     """
 
     path: Path
     settings: Settings
     id: str
+    sites: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, path: Path, settings: Settings) -> RunFolder:
+    def create(cls, path: Path, settings: Settings, sites: Sequence[str] = ()) -> RunFolder:
         """Make a new run directory.
 
         Raises:
             Stop: (`RUN_EXISTS`, `DISK_FULL`).
         """
-        made = cls(path, settings, secrets.token_hex(16))
+        made = cls(path, settings, secrets.token_hex(16), tuple(sorted(sites)))
         with no_space(path, "start again in another run.dir"):
             try:
                 path.mkdir(parents=True)
@@ -47,7 +49,9 @@ class RunFolder:
             write_atomic(path / "config.yaml", config.encode())
             write_atomic(path / "plan.json", settings.plan.canonical().encode())
             # run.json comes last: a folder with it is a whole run
-            run = {"id": made.id, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+            run: dict[str, object] = {"id": made.id, "started": _now()}
+            if sites:
+                run["sites"] = made.sites
             write_atomic(path / "run.json", json.dumps(run).encode())
         return made
 
@@ -65,10 +69,41 @@ class RunFolder:
                 raise Stop(
                     Exit.NO_RUN, f"{path}/plan.json and config.yaml differ; restore the one that was changed"
                 )
-            return cls(path, settings, run["id"])
+            return cls(path, settings, run["id"], tuple(run.get("sites", ())))
         except ValidationError as error:
             raise Stop(Exit.NO_RUN, f"{path}/config.yaml: {complaint(error)}") from None
         except (OSError, json.JSONDecodeError, yaml.YAMLError, KeyError) as error:
             raise Stop(
                 Exit.NO_RUN, f"{path} is not a run directory ({type(error).__name__}: {error})"
             ) from None
+
+    def end(self, said: str) -> None:
+        """Write down how a deployed run ended: `completed`, `stopped`, or the name of an exit code."""
+        path = self.path / "run.json"
+        run = json.loads(path.read_bytes()) | {"ended": _now(), "said": said}
+        write_atomic(path, json.dumps(run).encode())
+
+    def reopen(self) -> None:
+        """Take an end back: the run is to go on."""
+        path = self.path / "run.json"
+        run = json.loads(path.read_bytes())
+        write_atomic(path, json.dumps({k: v for k, v in run.items() if k not in ("ended", "said")}).encode())
+
+    @property
+    def said(self) -> str:
+        """How a deployed run ended; nothing while it goes on."""
+        return str(json.loads((self.path / "run.json").read_bytes()).get("said", ""))
+
+
+def prepare(path: Path, plan: Plan, sites: Sequence[str]) -> RunFolder:
+    """Make the directory of a deployed run: what the coordinator reads when the run's turn comes.
+
+    Raises:
+        Stop: (`RUN_EXISTS`, `DISK_FULL`).
+    """
+    settings = Settings(plan=plan, data=Data(root="each site's own"), runtime=Runtime(name="flower"))
+    return RunFolder.create(path, settings, sites)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -47,6 +47,10 @@ def simulate(settings: Settings) -> Path:
     Raises:
         Stop: with the reason and its exit code; nothing is written for a mistake in the settings or data.
     """
+    if settings.runtime.name == "flower":
+        raise Stop(
+            Exit.CONFIG, "runtime is 'flower'; simulate knows local and ray (real sites: wardround submit)"
+        )
     if settings.run.dir is None:
         raise Stop(Exit.CONFIG, "run.dir is not set; give the directory to write: run.dir=runs/NAME")
     path = Path(settings.run.dir).absolute()

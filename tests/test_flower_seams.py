@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[1]
-ADAPTERS = {"client/fleet.py", "server/link.py"}
+ADAPTERS = {"client/fleet.py", "server/control.py", "server/link.py"}
 PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
 
 
@@ -36,7 +36,7 @@ def test_only_the_adapters_import_private_parts() -> None:
     assert private == ADAPTERS
 
 
-@pytest.mark.parametrize("module", ["client.fleet", "server.link"])
+@pytest.mark.parametrize("module", ["client.fleet", "server.control", "server.link"])
 def test_another_version_is_refused(module: str) -> None:
     script = f"""
 import importlib.metadata as metadata

@@ -6,4 +6,4 @@ from tests.toys import TOYS
 
 if __name__ == "__main__":
     TASKS._entries.update(TOYS)
-    main()
+    main(preload=())
