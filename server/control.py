@@ -1,4 +1,4 @@
-"""SuperLink's Control API: what an operator does there, and all that is used of Flower's private parts for it.
+"""What an operator does at SuperLink: all that is used of Flower's Control API, which is private.
 
 It asks for no credentials, so SuperLink must listen on loopback only. Imports no torch: command lines use it.
 """
