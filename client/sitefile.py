@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from client.pacs.settings import Pacs
 from client.places import Places
 from client.policy import Policy
 from conf.exits import Exit, Stop
-from conf.schema import Columns, Frozen, SiteName, complaint
+from conf.schema import Columns, Frozen, Labels, Own, SiteName, complaint
 
 if TYPE_CHECKING:  # they bring torch, and an ingest needs none
     from client.site import Site
     from client.train import Bench
+    from tasks.data.source import Naming
 
 
 class SiteData(Frozen):
@@ -26,17 +27,34 @@ class SiteData(Frozen):
 
     Attributes:
         root: only read. manifest: CSV below it. workers: processes that read; 0: one per core.
+        label_map: file values and names to classes, where the federation has no dictionary. labels: its
+            dictionary, this site's names for it, and the classes this site annotates.
     """
 
     root: Path | None = None
     manifest: str | None = None
     columns: Columns = Columns()
-    label_map: dict[int, int] | Literal["nonzero"] | None = None
+    label_map: dict[Own, int] | Literal["nonzero"] | None = None
+    labels: Labels = Labels()
     workers: int = Field(0, ge=0)
 
     @property
     def hands(self) -> int:
         return self.workers or os.cpu_count() or 1
+
+    @property
+    def names(self) -> Naming:
+        """How what stands in the files becomes classes."""
+        from tasks.data.labels import naming
+        from tasks.data.source import Naming
+
+        return naming(self.labels) if self.label_map is None else Naming.of(self.label_map)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SiteData:
+        if self.label_map is not None and self.labels != Labels():
+            raise ValueError("data.label_map and data.labels are both set; keep labels")
+        return self
 
 
 class SiteFile(Frozen):

@@ -35,12 +35,17 @@ def ingest(
     ] = None,
     manifest: Annotated[str | None, typer.Option(help="CSV below the data root with a case per row")] = None,
     image: Annotated[str, typer.Option(help="column: path of the image")] = "image",
-    label: Annotated[str, typer.Option("--label", "--mask", help="column: path of the mask")] = "label",
+    label: Annotated[
+        str, typer.Option("--label", "--mask", help="column: path of the mask, or the class")
+    ] = "label",
     patient: Annotated[str | None, typer.Option(help="column: patient; none: one file, one patient")] = None,
     site: Annotated[str | None, typer.Option(help="column: hospital")] = None,
     split: Annotated[str | None, typer.Option(help="column: train, val or test")] = None,
+    no_image: Annotated[bool, typer.Option("--no-image", help="a case is a row and nothing else")] = False,
+    labels: Annotated[str, typer.Option(help="columns: further classes or values to predict, a,b")] = "",
+    table: Annotated[str, typer.Option(help="clinical columns, age=number,sex=male|female")] = "",
     label_map: Annotated[
-        str | None, typer.Option(help="file values to classes, 0:0,255:1, or nonzero")
+        str | None, typer.Option(help="file values and names to classes, 0:0,255:1,lung:2, or nonzero")
     ] = None,
     key_file: Annotated[
         Path | None,
@@ -74,7 +79,15 @@ def ingest(
         raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
     from tasks.data.cache import default_cache
 
-    columns = Columns(image=image, label=label, patient=patient, site=site, split=split)
+    columns = Columns(
+        image=None if no_image else image,
+        label=label,
+        patient=patient,
+        site=site,
+        split=split,
+        labels=tuple(filter(None, labels.split(","))),
+        table=parse_table(table),
+    )
     data = SiteData(manifest=manifest, columns=columns, label_map=parse_label_map(label_map), workers=workers)
     _run(root, Places.beside(cache or default_cache(root), key_file), data)
 
@@ -98,7 +111,7 @@ def _run(root: Path, places: Places, data: SiteData) -> None:
                 Cache(places.cache),
                 manifest=data.manifest,
                 columns=data.columns,
-                label_map=data.label_map,
+                label_map=data.names,
                 key=patient_key(places.key),
                 workers=data.hands,
                 progress=progress,
@@ -112,6 +125,10 @@ def _run(root: Path, places: Places, data: SiteData) -> None:
     if report.changed or not places.report.with_suffix(".html").exists():
         _write(report, root, places)
     typer.echo(f"report: {places.report}.txt, .json, and .html with pictures, for this site's eyes only")
+    for name, cases in report.unmapped.items():
+        typer.echo(f"label not mapped: {name} in {cases} cases")
+    for note, cases in report.notes.items():
+        typer.echo(f"{note} ({cases} cases)")
     count = len(report.refused)
     typer.echo(f"{report.kept} cases in {places.cache} ({report.read} read now), {count} refused")
     raise typer.Exit(report.exit.value)
@@ -126,8 +143,23 @@ def _write(report: Report, root: Path, places: Places) -> None:
     write_report(places.report, root.resolve().name, summary, report.records, Cache(places.cache))
 
 
-def parse_label_map(text: str | None) -> dict[int, int] | Literal["nonzero"] | None:
-    """`0:0,255:1` as a mapping; `nonzero` and None as they are.
+def parse_table(text: str) -> dict[str, Literal["number"] | tuple[str, ...]]:
+    """`age=number,sex=male|female` as the types of clinical columns.
+
+    Raises:
+        Stop: (`CONFIG`) a part is no such pair.
+    """
+    kinds: dict[str, Literal["number"] | tuple[str, ...]] = {}
+    for part in filter(None, text.split(",")):
+        column, found, kind = part.partition("=")
+        if not (column and found and kind):
+            raise Stop(Exit.CONFIG, f"--table has {part!r}; accepted is column=number or column=one|other")
+        kinds[column] = "number" if kind == "number" else tuple(kind.split("|"))
+    return kinds
+
+
+def parse_label_map(text: str | None) -> dict[int | str, int] | Literal["nonzero"] | None:
+    """`0:0,255:1,lung:2` as a mapping; `nonzero` and None as they are.
 
     Raises:
         Stop: (`CONFIG`) neither.
@@ -136,16 +168,14 @@ def parse_label_map(text: str | None) -> dict[int, int] | Literal["nonzero"] | N
         return None
     if text == "nonzero":
         return "nonzero"
-    values: dict[int, int] = {}
+    values: dict[int | str, int] = {}
     for part in text.split(","):
-        try:
-            value, target = (int(number) for number in part.split(":"))
-            if value in values:
-                raise ValueError
-        except ValueError:
-            wanted = "nonzero, or pairs like 0:0,255:1 with each file value once"
-            raise Stop(Exit.CONFIG, f"--label-map has {part!r}; accepted is {wanted}") from None
-        values[value] = target
+        name, _, target = (p.strip() for p in part.rpartition(":"))
+        value = int(name) if name.lstrip("-").isdecimal() else name
+        if value == "" or value in values or not target.isdecimal():
+            wanted = "nonzero, or pairs like 0:0,255:1,lung:2 with each file value or name once"
+            raise Stop(Exit.CONFIG, f"--label-map has {part!r}; accepted is {wanted}")
+        values[value] = int(target)
     return values
 
 

@@ -149,7 +149,7 @@ def _discover(
         found = from_manifest(root, manifest, columns, label_map)
     else:
         with_masks = columns.label is not None
-        found = from_folders(root, files, with_masks=with_masks)
+        found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)
         found = site_folders(found + from_series(root, files, with_masks=with_masks))
     return sorted(found, key=lambda f: f.source)
 

@@ -25,6 +25,8 @@ def naming(labels: Labels) -> Naming:
             if label.code is not None:
                 known[folded(f"{label.code[0]}:{label.code[1]}")] = label.value
     known |= {folded(own): wanted[name] for own, name in labels.names.items() if name in wanted}
+    if known:
+        known.setdefault(0, 0)  # where a mask file holds nothing
     return Naming(
         known=known or None,
         ignore=labels.unmapped == "ignore",

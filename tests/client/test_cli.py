@@ -1,6 +1,7 @@
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from client.cli import app
-from client.commands.ingest import parse_label_map
+from client.commands.ingest import parse_label_map, parse_table
 from conf.console import code
 from conf.exits import Exit, Stop
 from tasks.data.cache import Cache
@@ -102,8 +103,41 @@ def test_label_maps() -> None:
     assert parse_label_map(None) is None
     assert parse_label_map("nonzero") == "nonzero"
     assert parse_label_map("0:1,255:0, -3:2") == {0: 1, 255: 0, -3: 2}
-    with pytest.raises(Stop, match="'a:b'"):
-        parse_label_map("a:b")
+    assert parse_label_map("0:0,Left lung:1") == {0: 0, "Left lung": 1}
+    for wrong in ("a:b", "1:0,1:1", ":1", "a"):
+        with pytest.raises(Stop, match="--label-map has"):
+            parse_label_map(wrong)
+
+
+def test_table_types() -> None:
+    assert parse_table("") == {}
+    assert parse_table("age=number,sex=male|female") == {"age": "number", "sex": ("male", "female")}
+    with pytest.raises(Stop, match="--table has 'age'"):
+        parse_table("age")
+
+
+def test_a_table_alone(real: Callable[[str], Path], ram: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--manifest", "heart_4sites.csv", "--no-image", "--label", "target", "--labels", "num"]
+    options += ["--site", "site", "--table", "age=number,sex=0|1", "--cache", str(ram / "cache")]
+    assert code(app, ["ingest", str(real("fed_heart_uci")), *options]) == Exit.OK
+    assert "920 cases" in capsys.readouterr().out
+
+
+def test_labels_that_are_no_class_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        for name, high in (("image", 256), ("label", 2 + (i == 2))):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            values = np.random.default_rng(i).integers(0, high, (4, 4), dtype=np.uint8)
+            Image.fromarray(values).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "site.yaml").write_text(
+        "name: a\ndata:\n  root: data\n  labels:\n    dictionary: [{name: liver, value: 4}]\n"
+        "    names: {1: liver}\n    unmapped: ignore\n    annotates: [liver]\n"
+    )
+    assert code(app, ["ingest", "--site-file", str(tmp_path / "site.yaml")]) == Exit.OK
+    assert "label not mapped: 2 in 1 cases" in capsys.readouterr().out
+    cache = Cache(tmp_path / "cache")
+    assert [e.annotates for e in cache.entries] == [(4,)] * 3
+    assert {v for e in cache.entries for v in cache.load(e).masks["mask"].ravel().tolist()} == {0, 4}
 
 
 def test_help_loads_neither_torch_nor_readers() -> None:
