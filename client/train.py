@@ -184,6 +184,9 @@ class Session:
     def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Tensors:
         """Train from `weights`: `local.steps` steps, each over `local.batch_size` patients.
 
+        Returns:
+            The model's own tensors, not copies: the next `fit` or `score` here overwrites them.
+
         Raises:
             Refused: (`data`) the site has no training patient.
         """
@@ -204,8 +207,8 @@ class Session:
                 for stepper in steppers:
                     if step % stepper.phase.every == 0:
                         stepper.step(next(batches) if stepper.phase.private else None, progress)
-        model.zero_grad(set_to_none=True)  # room for the copy: the model goes on to other sites
-        return {name: tensor.detach().clone() for name, tensor in _floats(model).items()}
+        model.zero_grad(set_to_none=True)
+        return {name: tensor.detach() for name, tensor in _floats(model).items()}
 
     def _stepper(self, phase: Phase, model: nn.Module, correct: Correct | None) -> _Stepper:
         plan = self.study.plan

@@ -137,7 +137,10 @@ class Local(Protocol):
         """The tensors on the device where training happens."""
 
     def fit(self, weights: Tensors, *, correct: Correct | None = None, purpose: str = "train") -> Tensors:
-        """The weights after training from `weights` on the site's patients; draws are those of `purpose`."""
+        """The weights after training from `weights` on the site's patients; draws are those of `purpose`.
+
+        They are the model's own: what must outlive the next `fit` or `score` is copied by who needs it.
+        """
 
     def loss(self, weights: Tensors) -> float:
         """Mean training loss of a model over the site's training patients, without training."""
@@ -285,4 +288,5 @@ def moved(model: Tensors, folded: Folded, group: str = "delta") -> Tensors:
     if not isinstance(folded, Total):
         raise TypeError("needs a Sum")
     mean = folded.mean(group)
-    return {name: tensor + mean[name] if name in mean else tensor for name, tensor in model.items()}
+    # each mean is made for the one who asks: added to in place
+    return {name: mean[name].add_(tensor) if name in mean else tensor for name, tensor in model.items()}

