@@ -54,7 +54,7 @@ def plan(work: str) -> Plan:
             "steps": given["n"] // given["batch"],
             "batch_size": given["batch"],
         },
-        federation={"rounds": given["rounds"], "evaluate_every": 0},
+        federation={"rounds": given["rounds"], "cohort": given["cohort"], "evaluate_every": 0},
     )
 
 

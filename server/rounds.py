@@ -21,7 +21,7 @@ from server.evaluate import Line, Metrics
 from server.exchange import Exchange, Order
 from server.journal import Journal
 from strategies.base import Abandon, Ask, Strategy, Study
-from strategies.exact import Collected, Folded, Sum
+from strategies.exact import MAX_ADDS, Collected, Folded, Sum
 from strategies.protocol import Epoch, Failure, Instruction, Spec, Tree
 
 ATTEMPTS = 3
@@ -52,6 +52,10 @@ class Run:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        asked = self.study.plan.federation.cohort or len(self.sites)
+        if asked > MAX_ADDS:
+            room = f"a sum has room for {MAX_ADDS}: set federation.cohort"
+            raise Stop(Exit.CONFIG, f"{asked} sites would be asked in a round; {room}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder / "journal.jsonl")
         self.metrics = Metrics(self.folder / "metrics.jsonl")

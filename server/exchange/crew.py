@@ -6,6 +6,7 @@ work, a reply is judged and folded where it was made, and one partial sum goes b
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from torch import Tensor
@@ -14,13 +15,15 @@ from server.exchange import Handler
 from strategies.exact import Fold, Partial
 from strategies.protocol import CODES, Failure, Instruction, Refused, Reply, Spec, Tree, Update
 
+_KEPT = 256  # sites: of ten thousand, each asked now and then, memory would hold them all
+
 
 class Crew:
-    """Sites by name, made when first asked, and the partial they fold into."""
+    """Sites by name, made when asked, the latest kept; and the partial they fold into."""
 
     def __init__(self, sites: Callable[[str], Handler]) -> None:
         self._factory = sites
-        self._sites: dict[str, Handler] = {}
+        self._sites: OrderedDict[str, Handler] = OrderedDict()
 
     def start(self, fold: Fold, spec: Spec, place: Callable[[int], Tensor] | None = None) -> None:
         """Begin an ask."""
@@ -30,9 +33,7 @@ class Crew:
     def run(self, instruction: Instruction, common: Tree, age: int = 0) -> Failure | None:
         """Ask one site and fold its answer; why not, where it cannot be."""
         name = instruction.site
-        if name not in self._sites:
-            self._sites[name] = self._factory(name)
-        reply = self._sites[name].handle(instruction, common)
+        reply = self._site(name).handle(instruction, common)
         try:
             update = accepted(reply, name, self._spec)
         except Refused as refusal:
@@ -41,6 +42,14 @@ class Crew:
             return failure
         self._fold.add(self.partial, self._spec, name, instruction.epoch, update, age)
         return None
+
+    def _site(self, name: str) -> Handler:
+        if name not in self._sites:
+            self._sites[name] = self._factory(name)
+            if len(self._sites) > _KEPT:
+                self._sites.popitem(last=False)
+        self._sites.move_to_end(name)
+        return self._sites[name]
 
 
 def accepted(reply: Reply, site: str, spec: Spec) -> Update:

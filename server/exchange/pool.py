@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import tempfile
 import time
@@ -15,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +27,8 @@ from server.exchange.crew import Crew
 from strategies.exact import Fold, Partial
 from strategies.protocol import Failure, Instruction, Spec, Tree
 
-_TARGET_S = 0.02  # a worker gets as many sites at once as take about this long
+_TARGET_S = 0.02  # a worker gets as many sites at once as take about this long, at least
+_SHARE = 0.75  # of what is left for each worker, as its next chunk: few calls, and an even end
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _NEW = 0.3  # how much of a new measurement enters what is known of a site's time
 
@@ -241,15 +244,12 @@ class Pool(ABC):
         self._try(index, lambda hand: hand.give(chunk, worker.served))
 
     def _chunk(self, items: Sequence[Item], fair: int) -> list[Item]:
-        """As many as fill the target time, `fair` at most."""
-        chosen: list[Item] = []
-        total = 0.0
-        for item in items[:fair]:
-            total += self._expected(item)
-            chosen.append(item)
-            if total >= _TARGET_S:
-                break
-        return chosen
+        """As many as fill the target time, or most of a worker's share of what is left; `fair` at most."""
+        seconds = [self._expected(item) for item in items]
+        target = max(_TARGET_S, _SHARE * sum(seconds) / len(self._workers))
+        ends = accumulate(seconds)
+        count = sum(end <= target for end in islice(ends, fair))
+        return list(items[: max(1, count)])
 
     def _expected(self, item: Item) -> float:
         """Seconds that a site takes: as before; as one heard lately; or long."""
@@ -282,6 +282,7 @@ class Desk:
 
     def __init__(self, sites: Callable[[str], Handler]) -> None:
         recycle()
+        gc.freeze()  # what is imported stays: no need to look through it again, nor to copy it after a fork
         self.crew = Crew(sites)
         self.payloads: Sequence[Tree] = ()
 

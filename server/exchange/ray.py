@@ -29,6 +29,7 @@ from strategies.protocol import Spec, Tree, fill, strip
 Flat = tuple[str, dict[str, tuple[np.ndarray[Any, Any], torch.dtype, tuple[int, ...]]]]
 """A tree as Ray keeps it without copies: scalars as text, tensors as bytes with type and shape."""
 
+_SMALL = 2**16  # bytes that travel with a call: Ray itself stores what is larger than 100 kB
 
 Ring = str | np.ndarray[Any, Any] | None
 """A partial sum: its path in shared memory, or itself, from another machine."""
@@ -76,7 +77,7 @@ class Actors(Pool):
         return _Handle(made.remote(self._sites, self._node, self._folder.name))
 
     def _share(self, commons: Sequence[Tree]) -> list[Any]:
-        return [ray.put(_flat(tree)) for tree in commons]
+        return [_shared(_flat(tree)) for tree in commons]
 
     def _unshare(self, payloads: list[Any]) -> None:
         payloads.clear()  # the object store drops what nobody refers to
@@ -184,6 +185,12 @@ class _Actor:
         if ring is None or self._path:
             return partial, self._path[0] if ring is not None else None
         return partial, ring.numpy()
+
+
+def _shared(flat: Flat) -> Any:
+    """A tree in the object store, or as it is, where that costs more than the tree."""
+    size = sum(array.nbytes for array, _, _ in flat[1].values())
+    return flat if size < _SMALL else ray.put(flat)
 
 
 def _flat(tree: Tree) -> Flat:

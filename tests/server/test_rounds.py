@@ -16,6 +16,11 @@ import torch
 from conf.exits import Exit, Stop
 from server.cohort import cohort
 from server.exchange import Handler
+from server.exchange.local import LocalExchange
+from server.rounds import Run
+from strategies import build_strategy
+from strategies.base import Study
+from strategies.exact import MAX_ADDS
 from strategies.protocol import Failure, Instruction, Reply, Tree, Update
 from tests.toys import Toys, toy_cases, toy_plan
 
@@ -166,6 +171,20 @@ def test_no_site_accepts_the_plan(ram: Path) -> None:
     with pytest.raises(Stop, match="0 sites accept the plan; need 1: code: site_0, site_1, site_2") as stop:
         made.train()
     assert stop.value.exit == Exit.SITE_REFUSED
+
+
+def test_more_sites_than_a_sum_has_room_for_are_refused_at_the_start(ram: Path) -> None:
+    plan = toy_plan()
+    study, names = Study.of(plan), [f"s{i}" for i in range(MAX_ADDS + 1)]
+    with pytest.raises(Stop, match="4097 sites would be asked in a round; a sum has room for 4096: set"):
+        Run(
+            study, build_strategy(plan), names, LocalExchange(never, blobs=ram, seed=0), ram / "run", "r", "c"
+        )
+    assert not (ram / "run").exists()
+
+
+def never(name: str) -> Handler:
+    raise NotImplementedError(name)
 
 
 def test_cohorts_come_from_the_seed(ram: Path) -> None:
