@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 
 from client.commands.audit import audit
+from client.commands.export_deid import export_deid
 from client.commands.forget import forget
 from client.commands.ingest import ingest
 from client.commands.init import init
+from client.commands.release import release
 from conf.console import exit_codes, leave
 
 app = typer.Typer(
@@ -35,6 +37,8 @@ app.command()(init)
 app.command()(ingest)
 app.command()(forget)
 app.command()(audit)
+app.command()(release)
+app.command("export-deid")(export_deid)
 
 
 def main() -> None:

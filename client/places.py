@@ -29,7 +29,8 @@ class Places:
     """What a site keeps of its patients.
 
     Attributes:
-        key: names patients. barred: patients who are not taken in. report: start of the names of the
+        key: names patients. barred: patients who are not taken in. released: files
+            whose pixels the engineer has looked at. report: start of the names of the
             ingest report's files. audit: the log of decisions.
     """
 
@@ -40,6 +41,10 @@ class Places:
     @property
     def barred(self) -> Path:
         return self.key.with_name("barred.json")
+
+    @property
+    def released(self) -> Path:
+        return self.key.with_name("released")
 
     @property
     def report(self) -> Path:
@@ -64,6 +69,26 @@ def site_file(given: Path | None) -> SiteFile | None:
     from client.sitefile import SiteFile
 
     return SiteFile.read(path)
+
+
+def key_places(site: Path | None, key: Path | None) -> Places:
+    """The places of a command that needs the key alone.
+
+    Raises:
+        Stop: (`CONFIG`) neither a site's file nor a key, or no key there.
+    """
+    if key is not None:
+        places = Places.beside(key.parent.parent / "cache", key)
+    elif (file := site_file(site)) is not None:
+        places = file.places
+    else:
+        text = (
+            f"no {NAME} in this folder; go to the site's folder, or give --site-file FILE or --key-file FILE"
+        )
+        raise Stop(Exit.CONFIG, text)
+    if not places.key.is_file():
+        raise Stop(Exit.CONFIG, f"{places.key} does not exist; wardround-site init makes a site's key")
+    return places
 
 
 def known_places(site: Path | None, cache: Path | None) -> Places:

@@ -22,6 +22,7 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from tasks.data.allowed import ALLOWED, EDITION, OPTIONS, Instead, Keep, Words
+from tasks.data.patients import pseudonym
 
 #: days by which a patient's dates move into the past: at least, and how many different shifts there are
 SHIFT_FROM, SHIFTS = 365, 3286
@@ -133,7 +134,7 @@ class Pseudonyms:
 
     def patient(self, identity: str) -> str:
         """The patient's key: 16 hex digits, the same as in the cache."""
-        return self._digest(identity).hex()[:16]
+        return pseudonym(self._key, identity)
 
     def uid(self, uid: str) -> str:
         """The UID instead of `uid`, of the kind of PS3.5 B.2; what PS3.6 defines stays."""
@@ -174,6 +175,7 @@ def deidentify(dataset: Dataset, pseudonyms: Pseudonyms, names: frozenset[str] =
     out.DeidentificationMethod = f"wardround allow-list, PS3.15 {EDITION} Table E.1-1"
     out.DeidentificationMethodCodeSequence = [_code(value, "DCM", meaning) for value, meaning in OPTIONS]
     out.LongitudinalTemporalInformationModified = "MODIFIED"
+    _tidy(out)
     _trim(out)
     return out
 
@@ -200,7 +202,9 @@ class _Copy:
             except Exception:  # noqa: BLE001, S112  a broken value makes pydicom raise nearly anything
                 continue
             if value is not None:
-                out.add(DataElement(tag, element.VR, value))
+                new = DataElement(tag, element.VR, value)
+                new.is_undefined_length = element.is_undefined_length  # encapsulated pixels
+                out.add(new)
         return out
 
     def _value(self, rule: Keep | Words | Instead, element: DataElement, item: Dataset, depth: int) -> Any:
@@ -326,6 +330,23 @@ def _meanings() -> Mapping[tuple[str, str], str]:
         if ("SCT", new) in known:
             known["SRT", old] = known["SCT", new]
     return known
+
+
+def _tidy(dataset: Dataset) -> None:
+    """Drop tables and pixels of kinds that this image does not use: nobody would notice what they hold."""
+    colours = "PaletteColorLookupTable"
+    unused = ["LUTData"]
+    if dataset.get("PhotometricInterpretation") != "PALETTE COLOR":
+        unused += [str(name) for name in dataset.dir(colours)]
+    if "PixelData" in dataset:
+        unused += ["FloatPixelData", "DoubleFloatPixelData"]
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):  # PS3.3 C.7.6.3: 8 bytes a frame
+        if len(dataset.get(name, b"")) != 8 * frames:
+            unused.append(name)
+    for name in unused:
+        if name in dataset:
+            delattr(dataset, name)
 
 
 def _trim(dataset: Dataset) -> None:

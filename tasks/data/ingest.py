@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from tasks.data.cache import VERSION, Cache, Entry, Index, Record
 from tasks.data.frozen import sweep
 from tasks.data.journal import Journal
 from tasks.data.patients import Barred, fingerprint, pseudonym
-from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason
+from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason, quietly
 from tasks.data.summary import facts
 
 _NOBODY = Barred()
@@ -111,8 +110,7 @@ def ingest(
     from tasks.data.labels import check_label_map  # readers cost more to import than a run without work
 
     check_label_map(label_map)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # readers warn of odd headers, and quote them
+    with quietly():
         found = _discover(root, files, manifest, columns, label_map)
         with cache.changing(wait=wait):
             job = _Job(root, cache, settings, label_map, key, barred.names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -188,6 +190,20 @@ class Found:
     split: str | None = None
     fault: Faulty | None = None
     cells: tuple[str, ...] = ()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Silence readers that warn of odd headers and quote them: patients' names would stand in logs."""
+    logger = logging.getLogger("pydicom")
+    before = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
 
 
 @contextmanager
