@@ -82,9 +82,7 @@ def key_places(site: Path | None, key: Path | None) -> Places:
     elif (file := site_file(site)) is not None:
         places = file.places
     else:
-        text = (
-            f"no {NAME} in this folder; go to the site's folder, or give --site-file FILE or --key-file FILE"
-        )
+        text = f"no {NAME} in this folder; go there, or give --site-file FILE or --key-file FILE"
         raise Stop(Exit.CONFIG, text)
     if not places.key.is_file():
         raise Stop(Exit.CONFIG, f"{places.key} does not exist; wardround-site init makes a site's key")
