@@ -38,13 +38,27 @@ def facts(raw: Raw) -> dict[str, Any]:
         out["intensity"] = _intensity(raw.image)
         out["look"] = [n // 2 for n in raw.image.shape[1:]]
     if raw.mask is not None and raw.mask.size:
-        counts = np.zeros(256, dtype=np.int64)
-        for plane in raw.mask:  # a slab at a time: bincount makes 8 bytes of each voxel
-            counts += np.bincount(plane.ravel(), minlength=256)
-        out["classes"] = {str(c): int(counts[c]) for c in np.flatnonzero(counts)}
-        if counts[1:].any():
-            out["look"] = [_fullest(raw.mask, axis) for axis in range(raw.mask.ndim)]
+        classes, look = _mask(raw.mask)
+        out["classes"] = classes
+        out["look"] = look or out.get("look", [])
     return out
+
+
+def _mask(mask: Array) -> tuple[dict[str, int], list[int]]:
+    """Voxels by class, and per axis the index with most of the foreground; none where there is none.
+
+    A plane at a time: whole, the intermediate arrays would be larger than the mask.
+    """
+    counts = np.zeros(256, dtype=np.int64)
+    along = [np.zeros(n, dtype=np.int64) for n in mask.shape]
+    for i, plane in enumerate(mask):
+        counts += np.bincount(plane.ravel(), minlength=256)
+        inside = plane > 0
+        along[0][i] = inside.sum()
+        for axis in range(plane.ndim):
+            along[axis + 1] += inside.sum(axis=tuple(a for a in range(plane.ndim) if a != axis))
+    classes = {str(c): int(counts[c]) for c in np.flatnonzero(counts)}
+    return classes, [int(np.argmax(n)) for n in along] if counts[1:].any() else []
 
 
 def _intensity(image: Array) -> list[float]:
@@ -52,11 +66,6 @@ def _intensity(image: Array) -> list[float]:
     sample = flat[:: max(1, flat.size // _SAMPLE)]
     low, middle, high = np.percentile(sample, [1, 50, 99])
     return [float(v) for v in (flat.min(), low, middle, high, flat.max())]
-
-
-def _fullest(mask: Array, axis: int) -> int:
-    others = tuple(a for a in range(mask.ndim) if a != axis)
-    return int(np.argmax(np.count_nonzero(mask, axis=others)))
 
 
 @dataclass(frozen=True)
