@@ -20,6 +20,7 @@ from strategies.base import Correct, Strategy, Study, Tensors, fresh_model
 from strategies.protocol import Instruction, Refused, Spec, Tree
 from tasks.base import Batch, Case, Phase, Prediction
 from tasks.data.cache import Entry
+from tasks.data.fingerprint import Fingerprint, Survey
 from tasks.seeds import generator
 
 Example = Mapping[str, Tensor]
@@ -267,6 +268,12 @@ class Session:
                     total[name] += tensor
         return total
 
+    def fingerprint(self) -> Tensor:
+        """Histograms of the training cases, cells of fewer patients than the policy's minimum suppressed."""
+        return fingerprint(
+            self.study.task.survey(), self._archive, self._policy, self._bench.halt
+        ).to_vector()
+
     def _statistics(self, split: str, predict: Callable[[Case], Prediction]) -> Tensor:
         patients = self._archive.patients(split)
         self._policy.release(len(patients))
@@ -304,6 +311,23 @@ class Session:
             for name, tensor in weights.items():
                 here[name].copy_(tensor)
         return model
+
+
+def fingerprint(survey: Survey, archive: Archive, policy: Policy, halt: Callable[[], None]) -> Fingerprint:
+    """What would leave this site about its training cases.
+
+    Raises:
+        Refused: (`policy`, `data`) too few patients, or statistics stay home.
+    """
+    patients = archive.patients("train")
+    policy.release(len(patients))
+
+    def loaded() -> Iterator[list[Case]]:
+        for entries in patients.values():
+            halt()
+            yield [archive.load(entry) for entry in entries]
+
+    return survey.of_site(loaded(), policy.minimum_cell)
 
 
 def channels_last(model: nn.Module) -> None:

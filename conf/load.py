@@ -46,7 +46,7 @@ def compose(overrides: Sequence[str] = ()) -> Settings:
     with _one_line():
         screen_overrides(overrides)
         with hydra.initialize_config_module("conf", version_base="1.3"):
-            return validate(hydra.compose("config", overrides=list(overrides)))
+            return _pin(validate(hydra.compose("config", overrides=list(overrides))), overrides)
 
 
 def main(argv: Sequence[str], job: Callable[[Settings], object]) -> None:
@@ -61,11 +61,14 @@ def main(argv: Sequence[str], job: Callable[[Settings], object]) -> None:
     Raises:
         Stop: the arguments, or the settings they give, are refused.
     """
-    jobs: list[tuple[DictConfig, str]] = []
+    jobs: list[tuple[DictConfig, Sequence[str], str]] = []
 
     def collect(config: DictConfig) -> None:
         sweep = HydraConfig.get()
-        jobs.append((config, f"-{sweep.job.num}" if sweep.mode == RunMode.MULTIRUN else ""))
+        number = f"-{sweep.job.num}" if sweep.mode == RunMode.MULTIRUN else ""
+        # as written: a reference among them is resolved, or refused, with the configuration
+        given = [str(o) for o in OmegaConf.to_container(sweep.overrides.task, resolve=False) or ()]
+        jobs.append((config, given, number))
 
     # Hydra's sweeper insists on writing a multirun.yaml: it gets a folder that goes away
     with _one_line(), tempfile.TemporaryDirectory(prefix="wardround-") as folder:
@@ -81,7 +84,7 @@ def main(argv: Sequence[str], job: Callable[[Settings], object]) -> None:
             config_name="config",
         )
         now = datetime.now(UTC)
-        valid = [_placed(validate(config), now, number) for config, number in jobs]
+        valid = [_placed(_pin(validate(config), given), now, number) for config, given, number in jobs]
     for settings in valid:
         job(settings)
 
@@ -91,6 +94,13 @@ def _placed(settings: Settings, now: datetime, number: str) -> Settings:
     folder = settings.run.dir or f"runs/{settings.run.experiment}-{now:%Y%m%dT%H%M%SZ}"
     run = settings.run.model_copy(update={"dir": folder.rstrip("/") + number})
     return settings.model_copy(update={"run": run})
+
+
+def _pin(settings: Settings, overrides: Sequence[str]) -> Settings:
+    """Note which settings were given by hand: `data.plan=auto` leaves those as they are."""
+    given = (o.partition("=")[0].lstrip("+~") for o in overrides)
+    pinned = {name for name in given if name.partition(".")[0] in PLAN and "." in name}
+    return settings.model_copy(update={"pinned": (*settings.pinned, *sorted(pinned))})
 
 
 def validate(config: DictConfig) -> Settings:

@@ -192,6 +192,10 @@ class Data(Frozen):
     )
     test_fraction: float = Field(0.2, ge=0, lt=1, description="only where there is no split column")
     split_seed: int = Field(0, ge=0)
+    plan: Literal["given", "auto"] = Field(
+        "given", description="auto: patch, spacing, network, batch by rules from the data, before training"
+    )
+    memory_gb: float = Field(8.0, gt=0, le=10_000, description="for a training step; plan=auto only")
 
 
 class Run(Frozen):
@@ -222,6 +226,9 @@ class Settings(Frozen):
     run: Run = Run()
     runtime: Runtime = Runtime()
     baselines: tuple[Literal["pooled", "local", "trivial"], ...] = ("trivial",)
+    pinned: tuple[str, ...] = Field(
+        (), description="settings that data.plan=auto leaves as they are: those of the command line"
+    )
 
     @model_validator(mode="after")
     def _quorum(self) -> Settings:

@@ -60,6 +60,28 @@ def _simulate(settings: Settings) -> None:
     show(path)
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+    },
+)
+def fingerprint(context: typer.Context) -> None:
+    """Describe the sites' data by histograms, and make a plan of them: overrides as for simulate."""
+    from conf.load import main as compose_and_run
+
+    compose_and_run(["run.experiment=fingerprint", *context.args], _fingerprint)
+
+
+def _fingerprint(settings: Settings) -> None:
+    from server.cluster import absolute
+    from server.fingerprint import fingerprint as run
+
+    typer.echo(run(absolute(settings)))
+
+
 @app.command()
 def resume(run: RunFolder) -> None:
     """Continue an interrupted run; it ends with the same bytes as an undisturbed one."""

@@ -191,7 +191,12 @@ class Run:
         """Score the model where that is due and not yet done: on validation, at the end on test too."""
         r, every = self.progress.round, self.study.plan.federation.evaluate_every
         last = r == self.rounds
-        if r == 0 or self.metrics.has(r) or not (last or (every and r % every == 0)):
+        if (
+            r == 0
+            or not self.strategy.scored
+            or self.metrics.has(r)
+            or not (last or (every and r % every == 0))
+        ):
             return
         lines = []
         for split in ("val", "test") if last else ("val",):

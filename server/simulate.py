@@ -58,6 +58,14 @@ def simulate(settings: Settings) -> Path:
         raise Stop(Exit.RUN_EXISTS, f"run.dir {path} exists; choose another, or: wardround resume {path}")
     Bench().study(settings.plan)  # every name and parameter, before anything is written
     federation = Federation.of(settings.data, settings.plan)
+    if settings.data.plan == "auto":
+        from server.fingerprint import keep, planned
+
+        with planned(federation, settings) as (settings, made):
+            federation.rehearse(settings.plan)
+            folder = RunFolder.create(path, settings)
+            keep(made, path)
+        return Simulation(folder, federation).run()
     federation.rehearse(settings.plan)
     return Simulation(RunFolder.create(path, settings), federation).run()
 
@@ -225,6 +233,10 @@ class Simulation:
             run = self._loop(self.federation, settings.plan, self.folder.path, exchange)
             run.metrics.add(self._compare(run, baselines))
         return self.folder.path
+
+    def ask(self, plan: Plan) -> None:
+        """Rounds alone, nothing to compare with: for a plan that trains nothing."""
+        self._train(self.federation, plan, self.folder.path, self._count(), evaluate=False)
 
     def _count(self) -> int:
         """One process a core; where sites are few, one a site: three sites then share two cores evenly."""

@@ -35,6 +35,9 @@ STRATEGIES = Table(
     },
 )
 
+QUESTIONS = Table("strategy", {"fingerprint": "strategies.fingerprint:Fingerprinting"})
+"""Plans that ask and train nothing: no choice for a training run, yet the same to loop, site and exchange."""
+
 
 def build_strategy(plan: Plan) -> Strategy:
     """The strategy that `plan` names.
@@ -44,7 +47,8 @@ def build_strategy(plan: Plan) -> Strategy:
     """
     from strategies.exact import Sum, ring_bits
 
-    built: Strategy = STRATEGIES.build(plan.strategy)
+    table = QUESTIONS if plan.strategy.name in QUESTIONS else STRATEGIES
+    built: Strategy = table.build(plan.strategy)
     if isinstance(built.fold(), Sum):
         ring_bits(plan.federation.max_weight, plan.federation.max_value)
     return built

@@ -154,6 +154,9 @@ class Local(Protocol):
     def score_trivial(self, trivial: str, sums: Tensors, split: str) -> Tensor:
         """Summed statistics of a trivial predictor on a split."""
 
+    def fingerprint(self) -> Tensor:
+        """Histograms of the training cases as a float64 vector, small cells suppressed."""
+
 
 class Strategy:
     """Federated averaging, and the hooks that other algorithms change.
@@ -166,6 +169,9 @@ class Strategy:
 
     personalises = False
     """Whether sites end up with models of their own."""
+
+    scored = True
+    """Whether there is a model to score as the rounds go on."""
 
     # ---- both ends
 

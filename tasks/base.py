@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from conf.schema import Plan
+    from tasks.data.fingerprint import Survey
     from tasks.metrics import Statistics
 
 Batch = Mapping[str, Tensor]
@@ -146,6 +147,12 @@ class Task(ABC):
     @abstractmethod
     def trivial(self) -> Mapping[str, Trivial]:
         """Predictors every quality figure stands beside, by name (constant, linear, atlas, …)."""
+
+    def survey(self) -> Survey:
+        """What a fingerprint counts: by default the image alone."""
+        from tasks.data.fingerprint import Survey
+
+        return Survey()
 
 
 def build_task(plan: Plan) -> Task:

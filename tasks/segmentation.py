@@ -15,7 +15,8 @@ from conf.schema import Section
 from conf.table import STRICT
 from tasks.base import Batch, Case, Phase, Prediction, Task, Trivial
 from tasks.data.augment import Augmentation, cut, start
-from tasks.data.resample import grid, hardest, resample, resample_mask, window, zscore
+from tasks.data.fingerprint import Survey
+from tasks.data.resample import fixed, grid, hardest, resample, resample_mask, window, zscore
 from tasks.losses import LOSSES
 from tasks.metrics import SegmentationStatistics, Statistics
 from tasks.models import MODELS
@@ -48,7 +49,9 @@ class Segmentation(Task):
         channels: of the image. image, mask: their names in a case.
         spacing: mm per axis that images are resampled to; none: each stays on its own grid.
         normalise: `zscore`: cut at `percentiles`, mean 0, deviation 1, each image by itself;
-            `window`: from `window` (raw units, HU for CT) onto -1 to 1.
+            `window`: from `window` (raw units, HU for CT) onto -1 to 1;
+            `fixed`: cut at `clip`, less `mean`, divided by `deviation`, the same numbers (raw units) for
+            every image.
         foreground: share of patches centred on a foreground voxel, its class drawn first.
         overlap: of neighbouring prediction windows.
         flips, rotation, scaling, noise, contrast, brightness, gamma: see `Augmentation`.
@@ -64,9 +67,12 @@ class Segmentation(Task):
     image: Label = "image"
     mask: Label = "mask"
     spacing: tuple[Millimetres, ...] | None = None
-    normalise: Literal["zscore", "window"] = "zscore"
+    normalise: Literal["zscore", "window", "fixed"] = "zscore"
     percentiles: tuple[Percent, Percent] = (0.5, 99.5)
     window: tuple[float, float] = (-160.0, 240.0)
+    clip: tuple[float, float] = (-1000.0, 1000.0)
+    mean: float = 0.0
+    deviation: Annotated[float, Field(gt=0)] = 500.0
     foreground: Share = 0.5
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     flips: tuple[Axis, ...] = ()
@@ -85,7 +91,7 @@ class Segmentation(Task):
             )
         if any(axis >= dimensions for axis in self.flips):
             raise ValueError(f"task.flips is {list(self.flips)}; axes of a patch are 0 to {dimensions - 1}")
-        for name in ("percentiles", "window"):
+        for name in ("percentiles", "window", "clip"):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"task.{name} is [{low}, {high}]; the first must be the smaller")
@@ -172,6 +178,8 @@ class Segmentation(Task):
         image = resample(image, grid(image.shape[1:], case.spacing, self.spacing))
         if self.normalise == "window":
             return window(image, *self.window)
+        if self.normalise == "fixed":
+            return fixed(image, *self.clip, self.mean, self.deviation)
         return zscore(image, *self.percentiles)
 
     def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
@@ -208,6 +216,10 @@ class Segmentation(Task):
     def statistics(self) -> SegmentationStatistics:
         """Zero patients."""
         return SegmentationStatistics.zero(len(self.classes) - 1, len(self.patch))
+
+    def survey(self) -> Survey:
+        """Image, mask and the size of each class."""
+        return Survey(self.image, self.mask, len(self.classes))
 
     def trivial(self) -> Mapping[str, Trivial]:
         """The most frequent class everywhere, and the mean mask."""

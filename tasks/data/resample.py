@@ -64,6 +64,11 @@ def window(image: Tensor, low: float, high: float) -> Tensor:
     return (image.clamp(low, high) - low) * (2 / (high - low)) - 1
 
 
+def fixed(image: Tensor, low: float, high: float, mean: float, deviation: float) -> Tensor:
+    """Intensities cut at `low` and `high`, less `mean`, over `deviation`: one scale for all (raw units)."""
+    return (image.clamp(low, high) - mean) / deviation
+
+
 def zscore(image: Tensor, low: float, high: float) -> Tensor:
     """Each channel of `CHW[D]` cut at its percentiles `low` and `high`, then to mean 0 and deviation 1."""
     flat = image.flatten(1)

@@ -13,6 +13,7 @@ from torch import nn
 Dimensions = Literal[2, 3]
 Width = Annotated[int, Field(ge=1, le=4096)]
 Widths = Annotated[tuple[Width, ...], Field(min_length=2, max_length=8)]
+Halvings = Annotated[tuple[Annotated[int, Field(ge=0, le=7)], ...], Field(min_length=2, max_length=3)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Norm = Literal["instance", "group"]
 Named = tuple[str, dict[str, object]]
@@ -31,12 +32,33 @@ def norm_layer(norm: Norm, groups: int, widths: tuple[int, ...]) -> Named:
     return "group", {"num_groups": groups}
 
 
+def strides(levels: int, dimensions: int, pools: Halvings | None) -> list[tuple[int, ...]]:
+    """The stride of each step down: 2 along every axis, or as often per axis as `pools` says.
+
+    An axis of fewer halvings is first halved further down, where the others have caught up with its coarser
+    spacing (Isensee et al., 2021).
+
+    Raises:
+        ValueError: `pools` does not fit the number of levels or axes.
+    """
+    steps = levels - 1
+    if pools is None:
+        return [(2,) * dimensions] * steps
+    if len(pools) != dimensions or max(pools) != steps:
+        raise ValueError(
+            f"model.pools is {list(pools)}; with {levels} levels and {dimensions} axes it needs {dimensions} "
+            f"numbers, the largest {steps}"
+        )
+    return [tuple(2 if step >= steps - n else 1 for n in pools) for step in range(steps)]
+
+
 def unet(
     *,
     in_channels: Width,
     out_channels: Width,
     dimensions: Dimensions,
     channels: Widths = (16, 32, 64, 128),
+    pools: Halvings | None = None,
     residual_units: Annotated[int, Field(ge=0, le=4)] = 2,
     norm: Norm = "instance",
     groups: Width = 1,
@@ -44,14 +66,16 @@ def unet(
 ) -> nn.Module:
     """Residual U-Net (Kerfoot et al., STACOM 2018), which strides before it convolves: fast on a CPU.
 
-    Every side of the input is a multiple of `2 ** (len(channels) - 1)`.
+    Every side of the input is a multiple of `2 ** (len(channels) - 1)`; with `pools`, of 2 to the axis'
+    own number.
     """
     return UNet(
         spatial_dims=dimensions,
         in_channels=in_channels,
         out_channels=out_channels,
         channels=channels,
-        strides=(2,) * (len(channels) - 1),
+        # MONAI takes a stride per axis too, which its annotation does not say
+        strides=strides(len(channels), dimensions, pools),  # type: ignore[arg-type]
         num_res_units=residual_units,
         norm=norm_layer(norm, groups, (*channels, out_channels)),
         dropout=dropout,
@@ -88,21 +112,22 @@ def dyn_unet(
     out_channels: Width,
     dimensions: Dimensions,
     channels: Widths = (16, 32, 64, 128),
+    pools: Halvings | None = None,
     norm: Norm = "instance",
     groups: Width = 1,
     dropout: Fraction = 0.0,
 ) -> nn.Module:
     """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021), without deep supervision.
 
-    Every side of the input is a multiple of `2 ** (len(channels) - 1)`.
+    Sides and `pools` as for `unet`.
     """
-    down = [2] * (len(channels) - 1)
+    down = strides(len(channels), dimensions, pools)
     return DynUNet(
         spatial_dims=dimensions,
         in_channels=in_channels,
         out_channels=out_channels,
         kernel_size=[3] * len(channels),
-        strides=[1, *down],
+        strides=[(1,) * dimensions, *down],
         upsample_kernel_size=down,
         filters=channels,
         norm_name=norm_layer(norm, groups, channels),
