@@ -50,8 +50,10 @@ def draw_structures(structures: Dataset, name: str, canvas: Canvas) -> None:
     for region in structures.StructureSetROISequence:
         number, roi = int(region.ROINumber), str(region.get("ROIName") or "").strip()
         shown = f"{roi} (ROI {number})" if roi else f"ROI {number}"
+        drawn = (contours[number].get("ContourSequence") if number in contours else None) or []
+        if drawn and all(c.get("ContourGeometricType") == "POINT" for c in drawn):
+            continue  # a marker, such as an isocentre, is no region
         value = canvas.class_of(name, shown, *([roi] if roi else []), *codes[number], number)
-        drawn = contours[number].get("ContourSequence") if number in contours else None
         if value is None or not drawn:
             continue
         if str(region.get("ReferencedFrameOfReferenceUID", "")) != canvas.grid.frame:
