@@ -1,118 +1,193 @@
-"""Plain axial or oblique DICOM series of single-frame images, with their DICOM SEG, as RAS+ volumes.
+"""DICOM files as cases: every volume of a series with its DICOM SEG, every flat image; RAS+ and in mm.
 
-Positions follow PS3.3 C.7.6.2.1.1 (Image Plane Module). What cannot be stacked truthfully (gantry tilt,
-uneven or repeated positions, mixed slices) is refused by name.
+Files are parsed in guarded workers only: this module sees their headers as checked facts and their pixels as
+arrays.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import nibabel as nib
 import numpy as np
-import pydicom
-from pydicom.dataset import Dataset
-from pydicom.pixels.processing import apply_modality_lut
 
-from tasks.data.deident import facts
 from tasks.data.discover import kind
+from tasks.data.drawn import SOP_CLASSES, guarded_masks
+from tasks.data.guard import Guard, shared
+from tasks.data.header import Header, read_header
 from tasks.data.nifti import spacing_of
-from tasks.data.seg import read_seg
-from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason, reading, stored
+from tasks.data.pixels import frames
+from tasks.data.quarantine import Released
+from tasks.data.series import Image, Part, Volume, assemble
+from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason
 
-_SEG = "1.2.840.10008.5.1.4.1.1.66.4"  # Segmentation Storage
-_LABELMAP_SEG = "1.2.840.10008.5.1.4.1.1.66.7"  # Label Map Segmentation Storage
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-_TAGS = ["SOPClassUID", "SeriesInstanceUID", "PatientID", "Rows", "ReferencedSeriesSequence"]
 
-#: share of a slice's distance (and of a pixel) that rounding of header fields explains
-TOLERANCE = 0.05
-
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+File = tuple[Path, Header]
 
 
 @dataclass(frozen=True)
-class _Header:
-    path: Path
-    sop_class: str
-    series: str
-    patient: str
-    is_image: bool
-    refers_to: tuple[str, ...]
+class Series:
+    """One SeriesInstanceUID: what it is called, and what it holds."""
+
+    name: str
+    uid: str
+    parts: tuple[Part, ...]
 
 
-def from_series(root: Path, files: Iterable[Path], *, with_masks: bool) -> list[Found]:
-    """One case per image series; objects without pixels (reports, plans, contours) are passed over."""
+def from_series(
+    root: Path,
+    files: Iterable[Path],
+    *,
+    with_masks: bool,
+    released: Released | None = None,
+    guard: Guard | None = None,
+    workers: int = 1,
+) -> list[Found]:
+    """One case for each volume and flat image; objects without pixels (reports, plans) are passed over.
+
+    Args:
+        with_masks: SEG and RTSTRUCT belong to what they refer to. released: files whose pixels were
+            reviewed. workers: files whose headers are read at one time.
+    """
+    guard = guard or shared()
     found: list[Found] = []
-    images: dict[str, list[_Header]] = defaultdict(list)
-    segs: list[_Header] = []
-    for path in files:
-        if not _is_dicom(path):
-            continue
+    headers: list[File] = []
+    paths = [p for p in files if _is_dicom(p)]
+
+    def look(path: Path) -> Header | Faulty:
         try:
-            header = _header(path)
+            return read_header(path, guard)
         except Faulty as fault:
-            found.append(Found(_relative(root, path), "", (path,), fault=fault))
-            continue
-        if header.sop_class in (_SEG, _LABELMAP_SEG):
-            segs.append(header)
-        elif header.is_image:
-            images[header.series].append(header)
-    attached: dict[str, list[_Header]] = defaultdict(list)
-    for seg in segs if with_masks else ():
-        series = next((s for s in seg.refers_to if s in images), None)
-        if series is None:
-            alone = Faulty(Reason.NO_IMAGE, "the series it refers to is not here")
-            found.append(Found(_relative(root, seg.path), "", (seg.path,), fault=alone))
-        else:
-            attached[series].append(seg)
-    names = _names(root, images)
-    return found + [
-        _case(names[uid], slices, attached[uid], with_masks=with_masks) for uid, slices in images.items()
-    ]
+            return fault
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for path, header in zip(paths, pool.map(look, paths), strict=True):
+            if isinstance(header, Faulty):
+                found.append(Found(_relative(root, path), "", (path,), fault=header))
+            else:
+                headers.append((path, header))
+    series = all_series(root, headers)
+    parts = [part for one in series for part in one.parts]
+    attached: dict[int, list[Path]] = defaultdict(list)
+    for path, header in headers if with_masks else ():
+        if header.sop_class in SOP_CLASSES:
+            part = _owner(header, parts)
+            if part is None:
+                alone = Faulty(Reason.NO_IMAGE, "the series it refers to is not here")
+                found.append(Found(_relative(root, path), "", (path,), fault=alone))
+            else:
+                attached[id(part)].append(path)
+    for one in series:
+        for number, part in enumerate(one.parts, 1):
+            name = one.name if len(one.parts) == 1 else f"{one.name}#{number}"
+            case = _case(name, part, attached[id(part)], with_masks=with_masks, guard=guard)
+            found.append(case if case.fault is not None else _reviewed(case, part, released))
+    return found
+
+
+def all_series(root: Path, headers: Iterable[File]) -> list[Series]:
+    """The image series of some files, each with its parts."""
+    by_uid: dict[str, list[File]] = defaultdict(list)
+    for path, header in headers:
+        if header.has_pixels and header.sop_class not in SOP_CLASSES:
+            by_uid[header.series].append((path, header))
+    names = _names(root, by_uid)
+    return [Series(names[uid], uid, tuple(_parts(files))) for uid, files in by_uid.items()]
+
+
+def read_volume(
+    volume: Volume, masks: Sequence[Path], label_map: LabelMap, *, guard: Guard | None = None
+) -> Raw:
+    """A volume in RAS+ order with its units, and the classes that SEG and RTSTRUCT files draw on it.
+
+    Raises:
+        Faulty: a file cannot be decoded, or a mask does not belong to it.
+    """
+    guard = guard or shared()
+    ras = volume.ras
+    spacing = spacing_of(ras)
+    drawn = guarded_masks(masks, volume.grid, label_map, guard) if masks else None
+    mask = None if drawn is None else np.ascontiguousarray(volume.turned(drawn.mask))
+    image = _filled(volume, guard)
+    header = volume.images[0].header
+    return Raw(
+        image,
+        mask,
+        ras,
+        spacing,
+        header.groups,
+        units=header.units,
+        unmapped=() if drawn is None else drawn.unmapped,
+        notes=() if drawn is None else drawn.notes,
+    )
+
+
+def read_flat(image: Image, _label_map: LabelMap, *, guard: Guard | None = None) -> Raw:
+    """One frame as a flat case `CHW`; spacing is that of its pixels, or of its detector, or 1 mm."""
+    ((_, values),) = list((guard or shared()).stream(frames, image.path, indices=[image.index]))
+    if values is None:
+        raise Faulty(Reason.UNREADABLE, f"{image.path.name}: no pixels")
+    spacing = image.plane.spacing or (1.0, 1.0)
+    if not min(spacing) > 0 or not np.isfinite(spacing).all():
+        raise Faulty(Reason.GEOMETRY, f"PixelSpacing (0028,0030) is {spacing[0]:g}, {spacing[1]:g} mm")
+    affine = np.diag([*spacing, 1.0, 1.0])
+    return Raw(values, None, affine, spacing, image.header.groups, units=image.header.units)
 
 
 def read_series(slices: Sequence[Path], seg: Path | None, label_map: LabelMap) -> Raw:
-    """A series as a volume in RAS+ order, in HU where it is CT, with the classes of its SEG.
+    """Files that are one volume, and nothing else.
 
     Raises:
-        Faulty: why it cannot be stacked, or why the SEG does not belong to it.
+        Faulty: why they are not.
     """
-    datasets = []
-    for path in slices:
-        with reading(path):
-            datasets.append(pydicom.dcmread(path))
-    with reading(slices[0]):
-        ordered, affine = _stack(datasets)
-    planes = []
-    for dataset in ordered:
-        with reading(slices[0]):
-            planes.append(np.asarray(apply_modality_lut(dataset.pixel_array, dataset), dtype=np.float32))
-    volume: Array = np.stack(planes).transpose(2, 1, 0)  # slice, row, column -> column, row, slice
-    if np.array_equal(volume, whole := volume.astype(np.int32)):
-        volume = whole
-    mask = None if seg is None else read_seg(seg, affine, volume.shape, label_map)
-    turn, ras = _turn(_LPS_TO_RAS @ affine, volume.shape)
-    if mask is not None:
-        mask = _turned(mask, turn)
-    volume = _turned(volume, turn)
-    return Raw(stored(volume[None]), mask, ras, spacing_of(ras), facts(datasets[0]))
+    parts = _parts([(p, read_header(p, shared())) for p in slices])
+    for part in parts:
+        if part.fault is not None:
+            raise part.fault
+    if len(parts) != 1 or parts[0].volume is None:
+        raise Faulty(Reason.REPEATED, f"{len(parts)} volumes or flat images in one series")
+    return read_volume(parts[0].volume, [] if seg is None else [seg], label_map)
 
 
-def _turn(affine: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Which axes to swap and flip for the closest RAS+ order, and the affine after that."""
-    # nibabel's orientation functions carry no types
-    turn: Array = nib.io_orientation(affine)  # type: ignore[no-untyped-call]
-    back: Array = nib.orientations.inv_ornt_aff(turn, shape)  # type: ignore[no-untyped-call]
-    return turn, affine @ back
+def _parts(files: Sequence[File]) -> list[Part]:
+    parts = assemble(files)
+    if all(f[1].series for f in files):
+        return parts
+    fault = Faulty(Reason.UNREADABLE, "no SeriesInstanceUID (0020,000E)")
+    return [Part(p.images, fault=fault) for p in parts]
 
 
-def _turned(array: Array, turn: Array) -> Array:
-    return np.ascontiguousarray(nib.apply_orientation(array, turn))  # type: ignore[no-untyped-call]
+def _filled(volume: Volume, guard: Guard) -> Array:
+    """`CHWD` of a volume, written slice by slice into its place: nothing else is as large."""
+    columns, rows, _ = volume.shape
+    wanted: dict[Path, dict[int, int]] = defaultdict(dict)
+    for k, one in enumerate(volume.images):
+        wanted[one.path][one.index] = k
+    image: Array | None = None
+    for path, places in wanted.items():
+        indices = sorted(places)
+        for index, (_, values) in zip(indices, guard.stream(frames, path, indices=indices), strict=True):
+            if values is None or values.shape != (volume.images[0].header.samples, rows, columns):
+                raise Faulty(Reason.SIZE, f"{path.name} holds a frame of another size than it says")
+            if image is None:
+                image = np.empty((len(values), *volume.ras_shape), dtype=values.dtype)
+            elif values.dtype != image.dtype:
+                image = image.astype(_wider(image.dtype, values.dtype), copy=False)
+            volume.as_stored(image)[..., places[index]] = values.transpose(0, 2, 1)
+    if image is None:
+        raise Faulty(Reason.SLICES, "no frames")
+    return image
+
+
+def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
+    """The one of uint8, int16 and float32 that holds both."""
+    return max(one, other, key=lambda d: (d.kind == "f", d.itemsize))
 
 
 def _is_dicom(path: Path) -> bool:
@@ -127,110 +202,67 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def _header(path: Path) -> _Header:
-    with reading(path):
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
-        refers = tuple(str(r.SeriesInstanceUID) for r in ds.get("ReferencedSeriesSequence") or ())
-        return _Header(
-            path=path,
-            sop_class=str(ds.get("SOPClassUID", "")),
-            series=str(ds.get("SeriesInstanceUID", "")),
-            patient=str(ds.get("PatientID") or "").strip(),
-            is_image="Rows" in ds,
-            refers_to=refers,
-        )
-
-
 def _relative(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _names(root: Path, images: Mapping[str, Sequence[_Header]]) -> dict[str, str]:
+def _names(root: Path, by_uid: Mapping[str, Sequence[File]]) -> dict[str, str]:
     """What each series is called: its folder where that holds no other, else its first file."""
     in_folder: dict[Path, set[str]] = defaultdict(set)
-    for uid, slices in images.items():
-        for header in slices:
-            in_folder[header.path.parent].add(uid)
+    for uid, files in by_uid.items():
+        for path, _ in files:
+            in_folder[path.parent].add(uid)
     names = {}
-    for uid, slices in images.items():
-        first = min(h.path for h in slices)
-        alone = {h.path.parent for h in slices} == {first.parent} and len(in_folder[first.parent]) == 1
+    for uid, files in by_uid.items():
+        first = min(path for path, _ in files)
+        alone = {path.parent for path, _ in files} == {first.parent} and len(in_folder[first.parent]) == 1
         names[uid] = _relative(root, first.parent if alone and first.parent != root else first)
     return names
 
 
-def _case(name: str, slices: Sequence[_Header], segs: Sequence[_Header], *, with_masks: bool) -> Found:
-    paths = tuple(sorted(h.path for h in slices))
-    files = (*paths, *sorted(s.path for s in segs))
-    patients = {h.patient for h in slices}
-    fault = None
-    if not slices[0].series:
-        fault = Faulty(Reason.UNREADABLE, "no SeriesInstanceUID (0020,000E)")
-    elif with_masks and not segs:
-        fault = Faulty(Reason.NO_MASK, "no DICOM SEG refers to this series")
-    elif len(segs) > 1:
-        fault = Faulty(Reason.SEVERAL_MASKS, f"{len(segs)} DICOM SEG refer to this series; keep one")
-    elif len(patients) > 1:
+def _owner(mask: Header, parts: Sequence[Part]) -> Part | None:
+    """What a mask was drawn on: by the slices it names, else by its series, else by its frame of reference.
+
+    A frame of reference tells only where one volume of the patient lies in it: registered copies of a study
+    name series that were left behind.
+    """
+    volumes = [p for p in parts if p.volume is not None or p.fault is not None]
+    named = set(mask.refers_to_instances)
+    for one in volumes:
+        if named & {i.header.sop_instance for i in one.images}:
+            return one
+    by_series = [p for p in volumes if p.images[0].header.series in mask.refers_to]
+    if by_series:
+        return by_series[0]
+    frames = {*mask.refers_to_frames, mask.frame_of_reference} - {""}
+    by_frame = [p for p in volumes if p.images[0].header.frame_of_reference in frames]
+    return by_frame[0] if len(by_frame) == 1 else None
+
+
+def _case(name: str, part: Part, masks: Sequence[Path], *, with_masks: bool, guard: Guard) -> Found:
+    paths = tuple(sorted({i.path for i in part.images}))
+    patients = {i.header.patient for i in part.images}
+    fault = part.fault
+    if len(patients) > 1:
         fault = Faulty(Reason.MIXED, "slices of several patients")
     elif patients == {""}:
         fault = Faulty(Reason.NO_PATIENT, "no PatientID (0010,0020)")
-    seg = segs[0].path if segs else None
-    return Found(name, min(patients), files, partial(read_series, paths, seg), fault=fault)
+    elif with_masks and not masks and fault is None:
+        fault = Faulty(Reason.NO_MASK, "no SEG or RTSTRUCT refers to it")
+    read: Callable[[LabelMap], Raw] = partial(read_flat, part.images[0], guard=guard)
+    if part.volume is not None:
+        read = partial(_masked, part.volume, tuple(sorted(masks)), guard)
+    return Found(name, min(patients), (*paths, *sorted(masks)), read, fault=fault)
 
 
-def _stack(datasets: Sequence[Dataset]) -> tuple[list[Dataset], Array]:
-    """The slices in order along their normal, and the affine (column, row, slice) -> LPS+ mm."""
-    _check_alike(datasets)
-    first = datasets[0]
-    orientation = np.array([d.ImageOrientationPatient for d in datasets], dtype=float)
-    if np.ptp(orientation, axis=0).max() > 1e-3:
-        raise Faulty(Reason.ORIENTATION, "ImageOrientationPatient (0020,0037) changes within the series")
-    along_row, along_column = orientation[0, :3], orientation[0, 3:]
-    normal = np.cross(along_row, along_column)
-    if not np.allclose([along_row @ along_row, along_column @ along_column, normal @ normal], 1, atol=1e-3):
-        raise Faulty(Reason.GEOMETRY, "ImageOrientationPatient (0020,0037) is not orthonormal")
-    positions = np.array([d.ImagePositionPatient for d in datasets], dtype=float)
-    order = np.argsort(positions @ normal, kind="stable")
-    positions = positions[order]
-    row_mm, column_mm = (float(s) for s in first.PixelSpacing)  # between rows, between columns
-    _check_gaps(positions, normal, min(row_mm, column_mm))
-    affine = np.eye(4)
-    affine[:3, 0] = along_row * column_mm
-    affine[:3, 1] = along_column * row_mm
-    affine[:3, 2] = (positions[-1] - positions[0]) / (len(positions) - 1)
-    affine[:3, 3] = positions[0]
-    return [datasets[i] for i in order], affine
+def _masked(volume: Volume, masks: Sequence[Path], guard: Guard, label_map: LabelMap) -> Raw:
+    return read_volume(volume, masks, label_map, guard=guard)
 
 
-def _check_alike(datasets: Sequence[Dataset]) -> None:
-    first = datasets[0]
-    for name, tag in (("NumberOfFrames", "0028,0008"), ("SamplesPerPixel", "0028,0002")):
-        if any(int(d.get(name) or 1) != 1 for d in datasets):
-            raise Faulty(Reason.SHAPE, f"{name} ({tag}) is not 1; single-frame gray series are read")
-    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"):
-        if any(not d.get(name) for d in datasets):
-            raise Faulty(Reason.NO_POSITION, f"a slice has no {name}")
-    if len(datasets) < 2:
-        raise Faulty(Reason.SLICES, "one slice; need at least 2")
-    for name in ("Rows", "Columns", "PixelSpacing", "RescaleType"):
-        if any(d.get(name) != first.get(name) for d in datasets):
-            raise Faulty(Reason.MIXED, f"{name} changes within the series")
-
-
-def _check_gaps(positions: Array, normal: Array, pixel_mm: float) -> None:
-    """Refuse positions that do not lie evenly on one line along the normal."""
-    depth = positions @ normal
-    gaps = np.diff(depth)
-    if gaps.min() < 1e-3:
-        distinct = 1 + int((gaps >= 1e-3).sum())
-        raise Faulty(
-            Reason.REPEATED, f"{len(depth)} slices at {distinct} positions: several volumes in one series"
-        )
-    drift = positions - positions[0] - np.outer(depth - depth[0], normal)
-    off = float(np.linalg.norm(drift, axis=1).max())
-    if off > max(TOLERANCE * pixel_mm, 1e-2):
-        raise Faulty(Reason.TILT, f"slices drift by {off:.3g} mm in their own plane")
-    even = np.linspace(depth[0], depth[-1], len(depth))
-    middle = float(np.median(gaps))
-    if np.abs(gaps - middle).max() > TOLERANCE * middle or np.abs(depth - even).max() > TOLERANCE * middle:
-        raise Faulty(Reason.UNEVEN, f"slice distances run from {gaps.min():.4g} to {gaps.max():.4g} mm")
+def _reviewed(case: Found, part: Part, released: Released | None) -> Found:
+    """The case, refused where somebody must look at its pixels first."""
+    for image in part.images:
+        if image.header.doubt and not (released is not None and released.holds(image.path)):
+            fault = Faulty(Reason.BURNED_IN, f"{image.path.name}: {image.header.doubt}")
+            return replace(case, fault=fault)
+    return case

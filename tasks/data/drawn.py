@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pydicom
 
+from tasks.data.guard import Answer, Guard
 from tasks.data.labels import Canvas, Drawn
 from tasks.data.rtstruct import draw_structures
 from tasks.data.seg import draw_seg
@@ -38,3 +43,35 @@ def read_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap) -> Drawn:
                 raise Faulty(Reason.MASK_KIND, f"{path.name} is no SEG and no RTSTRUCT")
             _DRAW[kind](dataset, path.name, canvas)
     return canvas.done()
+
+
+def guarded_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap, guard: Guard) -> Drawn:
+    """`read_masks` in a guarded worker.
+
+    Raises:
+        Faulty: as `read_masks`, or the guard's.
+    """
+    names = Naming.of(label_map)
+    first, *others = sorted(paths)
+    room = 3 * math.prod(grid.shape) + 6 * sum(path.stat().st_size for path in others)
+    said, mask = guard.call(
+        _drawn,
+        first,
+        room=room,
+        others=[str(path.absolute()) for path in others],
+        grid={**asdict(grid), "affine": grid.affine.tolist()},
+        names={**asdict(names), "known": None if names.known is None else list(names.known.items())},
+    )
+    if mask is None or mask.dtype != np.uint8 or mask.shape != grid.shape:
+        raise Faulty(Reason.UNREADABLE, f"{first.name}: its parser gave a mask of another form")
+    return Drawn(mask, tuple(map(str, said["unmapped"])), tuple(map(str, said["notes"])))
+
+
+def _drawn(path: Path, others: list[str], grid: dict[str, Any], names: dict[str, Any]) -> Iterator[Answer]:
+    """Job: the mask, with what was unmapped and noted."""
+    known = None if names["known"] is None else dict(names["known"])
+    annotates = None if names["annotates"] is None else tuple(names["annotates"])
+    where = Grid(np.array(grid["affine"]), tuple(grid["shape"]), grid["frame"], tuple(grid["slices"]))
+    naming = Naming(**{**names, "known": known, "annotates": annotates})
+    drawn = read_masks([path, *map(Path, others)], where, naming)
+    yield {"unmapped": drawn.unmapped, "notes": drawn.notes}, drawn.mask

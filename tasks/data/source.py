@@ -49,6 +49,8 @@ class Reason(StrEnum):
     FRAME = "other frame of reference"
     CELL = "unusable table cell"
     BARRED = "forgotten patient"
+    SCOUT = "scout or localiser"
+    LIMIT = "beyond the parsing limits"
 
 
 class Faulty(ValueError):

@@ -185,7 +185,7 @@ def short(i: int, ds: FileDataset) -> None:
         ((2.5, 5.0, 2.5), lambda i, ds: None, Reason.UNEVEN, "from 2.5 to 5 mm"),
         ((2.5, 2.5, 2.5), tilt, Reason.TILT, r"drift by 2\.4 mm"),
         ((2.5, 2.5, 2.5), turned, Reason.ORIENTATION, "0020,0037"),
-        ((2.5, 2.5, 2.5), rows, Reason.MIXED, "Rows changes"),
+        ((2.5, 2.5, 2.5), rows, Reason.MIXED, "Rows, Columns or SamplesPerPixel changes"),
         ((2.5, 2.5, 2.5), same_place, Reason.REPEATED, "4 slices at 3 positions"),
         ((2.5, 2.5, 2.5), nowhere, Reason.NO_POSITION, "no ImagePositionPatient"),
         ((2.5, 2.5, 2.5), two_frames, Reason.SHAPE, "NumberOfFrames"),
@@ -312,16 +312,14 @@ def test_a_tree_of_hospitals(tmp_path: Path, run: Run) -> None:
 def test_real_series(real: Callable[[str], Path], run: Run) -> None:
     report, cache = run(real("dicom_series"), columns=Columns(label=None), workers=2)
     refused = {r.source: r.reason for r in report.refused}
-    assert refused == {
-        "ct_ge_hispeed_tilt": Reason.TILT,
-        "mr_ge_mr750_epi_multivolume": Reason.REPEATED,
-        "mr_philips_achieva_epi": Reason.REPEATED,
-    }
+    assert refused == {"ct_ge_hispeed_tilt": Reason.TILT}
     shapes = {e.source: e.shape for e in cache.entries}  # columns, rows, slices of the set's manifest
     assert shapes == {
         "mr_siemens_espree_t1post": (1, 280, 320, 22),
         "pt_ge_petctac": (1, 128, 128, 10),
         "ct_ge_petct_lowdose": (1, 512, 512, 10),
+        **{f"mr_ge_mr750_epi_multivolume#{i}": (1, 64, 64, 15) for i in (1, 2, 3)},
+        **{f"mr_philips_achieva_epi#{i}": (1, 64, 64, 9) for i in (1, 2, 3)},
     }
     patients = {e.source: e.patient for e in cache.entries}
     assert patients["pt_ge_petctac"] == patients["ct_ge_petct_lowdose"]
