@@ -54,6 +54,10 @@ def ingest(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="files read at a time; 0: one per core")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list what each DICOM file and volume would give; keep nothing")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run: a JSON object a line")] = False,
 ) -> None:
     """Bring the cache up to date with the files: what is new is read, what is faulty refused and listed.
 
@@ -61,6 +65,8 @@ def ingest(
     """
     from conf.schema import Columns
 
+    if as_json and not dry_run:
+        raise Stop(Exit.USAGE, "--json lists a dry run; give --dry-run with it")
     own = {"--cache": cache, "--manifest": manifest, "--label-map": label_map, "--key-file": key_file}
     chosen = None if folder is not None and site_file is None else find_site(site_file)
     if chosen is not None:
@@ -70,6 +76,9 @@ def ingest(
         root = folder or chosen.data.root
         if root is None:
             raise Stop(Exit.CONFIG, f"{site_file or 'site.yaml'} has no data.root; write the data root there")
+        if dry_run:
+            _rehearse(root, as_json)
+            return
         _run(root, chosen.places, chosen.data)
         return
     from client.sitefile import SiteData
@@ -77,6 +86,9 @@ def ingest(
     root = folder or Path()
     if not root.is_dir():  # before a key is made for it
         raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
+    if dry_run:
+        _rehearse(root, as_json)
+        return
     from tasks.data.cache import default_cache
 
     columns = Columns(
@@ -90,6 +102,18 @@ def ingest(
     )
     data = SiteData(manifest=manifest, columns=columns, label_map=parse_label_map(label_map), workers=workers)
     _run(root, Places.beside(cache or default_cache(root), key_file), data)
+
+
+def _rehearse(root: Path, as_json: bool) -> None:
+    """Print the lines of a dry run: paths are shown here, at the site, and nowhere else."""
+    import json
+
+    from tasks.data.dryrun import dry_run, in_words
+
+    if not root.is_dir():
+        raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
+    for line in dry_run(root):
+        typer.echo(json.dumps(line) if as_json else in_words(line))
 
 
 def _run(root: Path, places: Places, data: SiteData) -> None:

@@ -20,7 +20,7 @@ from tasks.data.header import checked, facts_of, opened
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import decoded
 from tasks.data.series import Part
-from tasks.data.source import Faulty
+from tasks.data.source import Faulty, Reason
 
 Line = dict[str, Any]
 
@@ -47,6 +47,14 @@ def dry_run(folder: Path, guard: Guard | None = None) -> Iterator[Line]:
     for series in all_series(folder, headers):
         for number, part in enumerate(series.parts, 1):
             yield _volume(series, number, part, undecodable)
+
+
+def in_words(line: Line) -> str:
+    """A line for people."""
+    name = line["path"] if "path" in line else f"{line['series']} volume {line['volume']}"
+    size = "" if line["shape"] is None else "x".join(str(n) for n in line["shape"])
+    told = (line.get("outcome", "volume"), size, line.get("orientation"), line.get("units"), line["reason"])
+    return f"{name}: {', '.join(text for text in told if text)}"
 
 
 def inspect(path: Path) -> Iterator[Answer]:
@@ -106,6 +114,8 @@ def _volume(series: Series, number: int, part: Part, undecodable: dict[Path, str
     }
     if line["reason"] is not None:
         return line
+    if doubt := next((image.header.doubt for image in part.images if image.header.doubt), ""):
+        line["reason"] = f"{Reason.BURNED_IN}: {doubt}"  # its shape stands beside it: review may release it
     if part.volume is None:
         shape, spacing = (first.header.rows, first.header.columns), first.plane.spacing or (1.0, 1.0)
         return line | {"shape": shape, "spacing": spacing, "orientation": "", "units": first.header.units}
