@@ -20,11 +20,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/wardround demo
 
+# two processes: real processes are tested one after the other in one of them (tests/conftest.py)
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not federation"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not federation"
 
 federation: $(READY)
 	$(BIN)/python -m pytest -m federation
