@@ -129,7 +129,7 @@ class Audit:
             raise self._broken(f"{self._head.name} is unreadable ({type(error).__name__})") from None
 
     def _note(self, head: Head) -> Head:
-        write_atomic(self._head, json.dumps(head.__dict__).encode())
+        write_atomic(self._head, json.dumps(head.__dict__).encode(), mode=0o600)
         return head
 
     def _checked(self, line: bytes, head: Head) -> dict[str, Any]:

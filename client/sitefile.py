@@ -45,10 +45,13 @@ class SiteData(Frozen):
     @property
     def names(self) -> Naming:
         """How what stands in the files becomes classes."""
-        from tasks.data.labels import naming
         from tasks.data.source import Naming
 
-        return naming(self.labels) if self.label_map is None else Naming.of(self.label_map)
+        if self.labels == Labels():
+            return Naming.of(self.label_map)
+        from tasks.data.labels import naming  # it brings the readers
+
+        return naming(self.labels)
 
     @model_validator(mode="after")
     def _one_way(self) -> SiteData:

@@ -17,6 +17,7 @@ from client.places import site_file as find_site
 from conf.exits import Exit, Stop
 
 if TYPE_CHECKING:
+    from client.pacs.settings import Pacs
     from client.sitefile import SiteData
     from tasks.data.ingest import Progress as Told
     from tasks.data.ingest import Refused, Report
@@ -53,7 +54,8 @@ def ingest(
             help="32 bytes that name patients  [default: state/patient.key beside the cache, made once]"
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="files read at a time; 0: one per core")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="cases read at a time; 0: one per core")] = 0,
+    pacs: Annotated[bool, typer.Option("--pacs", help="pull from the archive first")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list what each DICOM file and volume would give; keep nothing")
     ] = False,
@@ -73,14 +75,17 @@ def ingest(
         given = [name for name, value in own.items() if value is not None]
         if given:
             raise Stop(Exit.USAGE, f"{', '.join(given)}: with a site's file this stands in its section data")
-        root = folder or chosen.data.root
+        root = folder or chosen.data.root or (chosen.pacs.folder if chosen.pacs else None)
         if root is None:
             raise Stop(Exit.CONFIG, f"{site_file or 'site.yaml'} has no data.root; write the data root there")
+        pulled = _pull(chosen.pacs, root) if pacs else Exit.OK
         if dry_run:
             _rehearse(root, as_json)
             return
-        _run(root, chosen.places, chosen.data)
+        _run(root, chosen.places, chosen.data, pulled)
         return
+    if pacs:
+        raise Stop(Exit.USAGE, "--pacs needs a site's file with a section pacs (wardround-site init)")
     from client.sitefile import SiteData
 
     root = folder or Path()
@@ -116,7 +121,7 @@ def _rehearse(root: Path, as_json: bool) -> None:
         typer.echo(json.dumps(line) if as_json else in_words(line))
 
 
-def _run(root: Path, places: Places, data: SiteData) -> None:
+def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> None:
     from tasks.data.cache import Cache
     from tasks.data.ingest import NothingKept
     from tasks.data.ingest import ingest as bring_up
@@ -143,11 +148,11 @@ def _run(root: Path, places: Places, data: SiteData) -> None:
             )
     except NothingKept as stop:
         _show(stop.report.refused)
-        _write(stop.report, root, places)
+        _write(stop.report, root, places, data)
         raise
     _show(report.refused)
     if report.changed or not places.report.with_suffix(".html").exists():
-        _write(report, root, places)
+        _write(report, root, places, data)
     typer.echo(f"report: {places.report}.txt, .json, and .html with pictures, for this site's eyes only")
     for name, cases in report.unmapped.items():
         typer.echo(f"label not mapped: {name} in {cases} cases")
@@ -155,16 +160,37 @@ def _run(root: Path, places: Places, data: SiteData) -> None:
         typer.echo(f"{note} ({cases} cases)")
     count = len(report.refused)
     typer.echo(f"{report.kept} cases in {places.cache} ({report.read} read now), {count} refused")
-    raise typer.Exit(report.exit.value)
+    raise typer.Exit((pulled or report.exit).value)
 
 
-def _write(report: Report, root: Path, places: Places) -> None:
+def _pull(source: Pacs | None, root: Path) -> Exit:
+    """Bring what is new in the archive into the data root.
+
+    Raises:
+        Stop: (`CONFIG`) no section pacs, or its folder is not in the data root; and what `pull` raises.
+    """
+    from client.pacs.pull import pull
+
+    if source is None:
+        raise Stop(Exit.CONFIG, "--pacs: the site's file has no section pacs")
+    if not source.folder.resolve().is_relative_to(root.resolve()):
+        text = f"pacs.folder {source.folder} is not in data.root {root}, so an ingest would not see it"
+        raise Stop(Exit.CONFIG, f"{text}; choose a folder below the data root")
+    with _bar(Console(stderr=True), "pulling") as progress:
+        pulled = pull(source, source.folder, progress)
+    counts = f"{pulled.fetched} fetched, {pulled.here} here before, {len(pulled.missing)} not to be had"
+    typer.echo(f"{pulled.found} instances found: {counts}")
+    return pulled.exit
+
+
+def _write(report: Report, root: Path, places: Places, data: SiteData) -> None:
     from client.ingest_page import write_report
     from tasks.data.cache import Cache
     from tasks.data.summary import summarise
 
     summary = summarise(report.records, report.read)
-    write_report(places.report, root.resolve().name, summary, report.records, Cache(places.cache))
+    names = {label.value: label.name for label in data.labels.dictionary}
+    write_report(places.report, root.resolve().name, summary, report.records, Cache(places.cache), names)
 
 
 def parse_table(text: str) -> dict[str, Literal["number"] | tuple[str, ...]]:
@@ -204,14 +230,14 @@ def parse_label_map(text: str | None) -> dict[int | str, int] | Literal["nonzero
 
 
 @contextmanager
-def _bar(screen: Console) -> Iterator[Told | None]:
+def _bar(screen: Console, what: str = "reading") -> Iterator[Told | None]:
     """A progress bar where somebody watches."""
     if not screen.is_terminal:
         yield None
         return
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

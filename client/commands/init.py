@@ -21,6 +21,9 @@ data:
   # manifest: manifest.csv            # a CSV below root with a case per row
   # columns: {{image: image, label: label, patient: patient, site: null, split: null}}
   # label_map: {{0: 0, 255: 1}}         # file values to classes, or: nonzero
+  # labels:                           # instead: the federation's dictionary, and this site's names for it
+  #   dictionary: [{{name: liver, value: 1}}, {{name: tumour, value: 2}}]
+  #   names: {{Leber: liver, 7: tumour}}
   # workers: 0                        # processes that read; 0: one per core
 
 cache: cache          # cases in pseudonymous form, made by: wardround-site ingest
@@ -32,6 +35,11 @@ audit: audit.jsonl    # every request, decision and release; check it with: ward
 #   tasks: [segmentation]             # default: every installed one
 #   statistics: exact                 # or none: scores stay home
 #   minimum_cell: 10                  # fewest patients behind any number that leaves
+
+# pacs:               # the archive that wardround-site ingest --pacs pulls from
+#   source: https://pacs.example/dicom-web   # or TITLE@host:port
+#   query: [Modality=CT, StudyDate=20260101-]
+#   folder: data/pacs                 # below data.root
 
 # val_fraction: 0.1
 # test_fraction: 0.2

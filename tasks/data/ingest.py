@@ -21,6 +21,7 @@ from tasks.data.cache import VERSION, Cache, Entry, Index, Record
 from tasks.data.frozen import sweep
 from tasks.data.journal import Journal
 from tasks.data.patients import Barred, fingerprint, pseudonym
+from tasks.data.room import Room
 from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason, quietly
 from tasks.data.summary import facts
 
@@ -93,7 +94,8 @@ def ingest(
         manifest: CSV below the root; None: image/label folders and DICOM series with SEG.
         columns: the manifest's columns; `label=None` keeps images without masks.
         key: names patients; equal keys give equal names.
-        workers: processes that read. progress: called with (done, total).
+        workers: cases read at a time, each with a guarded process of its own for DICOM.
+        progress: called with (done, total).
         barred: patients who are not taken in. wait: for another ingest of this cache to end.
 
     Raises:
@@ -111,7 +113,7 @@ def ingest(
 
     check_label_map(label_map)
     with quietly():
-        found = _discover(root, files, manifest, columns, label_map)
+        found = _discover(root, files, manifest, columns, label_map, workers)
         with cache.changing(wait=wait):
             job = _Job(root, cache, settings, label_map, key, barred.names)
             records, read = job.run(found, workers, progress)
@@ -138,7 +140,12 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _discover(
-    root: Path, files: Sequence[Path], manifest: str | None, columns: Columns, label_map: LabelMap
+    root: Path,
+    files: Sequence[Path],
+    manifest: str | None,
+    columns: Columns,
+    label_map: LabelMap,
+    workers: int,
 ) -> list[Found]:
     from tasks.data.dicom import from_series
     from tasks.data.discover import from_folders, from_manifest, site_folders
@@ -148,7 +155,7 @@ def _discover(
     else:
         with_masks = columns.label is not None
         found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)
-        found = site_folders(found + from_series(root, files, with_masks=with_masks))
+        found = site_folders(found + from_series(root, files, with_masks=with_masks, workers=workers))
     return sorted(found, key=lambda f: f.source)
 
 
@@ -166,7 +173,7 @@ class _Job:
     ) -> None:
         self.root, self.cache, self.settings = root, cache, settings
         self.label_map, self.key, self.barred = label_map, key, barred
-        self.journal = Journal(cache.folder)
+        self.journal, self.room = Journal(cache.folder), Room()
         self.before = {**cache.index.records, **self.journal.read()}
 
     def run(
@@ -199,7 +206,8 @@ class _Job:
         known = self.before.get(case.source)
         if known is not None and known.stamp == stamp and self._holds(known):
             return replace(known, entry=known.entry or known.twin), False
-        record = self._read(case, patient, stamp)
+        with self.room.of(case.files):
+            record = self._read(case, patient, stamp)
         self.journal.add(case.source, record)
         return record, True
 
