@@ -6,14 +6,15 @@ simulation): the model is built once, prepared cases are kept. A `Session` is on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from client.policy import Policy
+from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, precision
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Correct, Strategy, Study, Tensors, fresh_model
@@ -54,6 +55,7 @@ class Bench:
     Attributes:
         capacity: bytes of prepared cases kept; beyond it they are prepared again at each use.
         halt: called before each step and each patient scored; raises where the work was called off.
+        prefetch: whether a thread makes the next batch during a step.
     """
 
     def __init__(self, device: str = "auto", capacity: int = 4 * 2**30) -> None:
@@ -61,6 +63,7 @@ class Bench:
         self.device = torch.device(found if device == "auto" else device)
         self.capacity = capacity
         self.halt: Callable[[], None] = lambda: None
+        self.prefetch = self.device.type == "cuda"  # on a CPU it would take the core that computes
         # by identity first: a digest costs more than an instruction to a site that has nothing to do
         self._plans: dict[int, tuple[Plan, Study, Strategy]] = {}
         self._studies: dict[str, tuple[Study, Strategy]] = {}
@@ -134,11 +137,14 @@ class Bench:
             torch.cuda.manual_seed(value)
 
     def example(self, study: Study, archive: Archive, entry: Entry) -> Example:
-        """A prepared case, on the device."""
+        """A prepared case, on the device (but for what is read value by value there)."""
         key = study.digest, entry.digest
         if key in self._prepared:
             return self._prepared[key]
-        example = {n: t.to(self.device) for n, t in study.task.prepare(archive.load(entry)).items()}
+        example = {
+            n: t if n in study.task.by_value else t.to(self.device)
+            for n, t in study.task.prepare(archive.load(entry)).items()
+        }
         size = sum(t.nbytes for t in example.values())
         if self._held + size <= self.capacity:
             self._held += size
@@ -199,6 +205,9 @@ class Session:
         steppers = [self._stepper(phase, model, correct) for phase in self.study.task.phases]
         draw = generator(plan.seed, self.site, self.round, "train", purpose)
         batches = self._batches(patients, draw)
+        if self._bench.prefetch:
+            private = (s.phase.every for s in steppers if s.phase.private)
+            batches = ahead(islice(batches, sum(-(-plan.local.steps // every) for every in private)))
         with torch.random.fork_rng(devices=[self._bench.device] if self._bench.device.type == "cuda" else []):
             # layers that draw (dropout) use torch's own generator
             self._bench.seed(int(torch.randint(2**31, (), generator=draw)))
@@ -211,13 +220,13 @@ class Session:
         model.zero_grad(set_to_none=True)
         return {name: tensor.detach() for name, tensor in _floats(model).items()}
 
-    def _stepper(self, phase: Phase, model: nn.Module, correct: Correct | None) -> _Stepper:
+    def _stepper(self, phase: Phase, model: nn.Module, correct: Correct | None) -> Stepper:
         plan = self.study.plan
         parameters = {n: p for n, p in model.named_parameters() if phase.parameters(n) and p.requires_grad}
         optimizer = self._bench.optimizer(
-            self.study.digest, phase.name, lambda: _optimizer(plan, list(parameters.values()))
+            self.study.digest, phase.name, lambda: fresh_optimizer(plan, list(parameters.values()))
         )
-        return _Stepper(phase, model, plan, correct, parameters, optimizer)
+        return Stepper(phase, model, plan, correct, parameters, optimizer)
 
     def loss(self, weights: Tensors) -> float:
         """Mean of the first private phase's loss over as many batches as hold every training patient.
@@ -235,8 +244,8 @@ class Session:
         with torch.no_grad():
             for _ in range(-(-len(patients) // (plan.local.batch_size or len(patients)))):
                 self._bench.halt()
-                for _, part in _chunks(next(batches), plan.local.micro_chunk):
-                    with _precision(self._bench.device):
+                for _, part in chunks(next(batches), plan.local.micro_chunk):
+                    with precision(plan.local, self._bench.device):
                         losses.append(phase.loss(model, part).double())
         return float(torch.cat(losses).mean())
 
@@ -330,86 +339,5 @@ def fingerprint(survey: Survey, archive: Archive, policy: Policy, halt: Callable
     return survey.of_site(loaded(), policy.minimum_cell)
 
 
-def channels_last(model: nn.Module) -> None:
-    """Lay convolutions' weights out with their channels last: what a GPU's matrix units want.
-
-    `Module.to(memory_format=…)` takes one format for all, and fails on weights of the other rank.
-    """
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for parameter in model.parameters():
-        if parameter.dim() in formats:
-            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
-
-
 def _floats(model: nn.Module) -> Tensors:
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
-
-
-class _Stepper:
-    """One phase of one training."""
-
-    def __init__(
-        self,
-        phase: Phase,
-        model: nn.Module,
-        plan: Plan,
-        correct: Correct | None,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        self.phase = phase
-        self._model = model
-        self._plan = plan
-        self._correct = correct
-        self._parameters = parameters
-        self._optimizer = optimizer
-
-    def step(self, batch: Batch | None, progress: float) -> None:
-        """One step; `progress` in [0, 1) is the way through all rounds, for the schedule."""
-        local = self._plan.local
-        rate = local.lr
-        if local.schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * progress))
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
-        self._backward(batch)
-        if local.clip_norm:
-            nn.utils.clip_grad_norm_(list(self._parameters.values()), local.clip_norm)
-        if self._correct is not None:
-            self._correct(self._parameters)
-        self._optimizer.step()
-
-    def _backward(self, batch: Batch | None) -> None:
-        """Gradients of the mean loss over the batch, in chunks."""
-        device = next(iter(self._parameters.values())).device
-        for share, part in _chunks(batch, self._plan.local.micro_chunk):
-            with _precision(device):
-                loss = self.phase.loss(self._model, part).mean() * share
-            loss.backward()  # type: ignore[no-untyped-call]
-
-
-def _precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where a GPU computes; on a CPU it would only be slower."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-
-
-def _chunks(batch: Batch | None, size: int) -> Iterator[tuple[float, Batch | None]]:
-    """Parts of a batch, each with its share of the whole."""
-    count = 0 if batch is None else len(next(iter(batch.values())))
-    if batch is None or not size or size >= count:
-        yield 1.0, batch
-        return
-    for start in range(0, count, size):
-        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
-        yield len(next(iter(part.values()))) / count, part
-
-
-def _optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    local = plan.local
-    if local.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True
-        )
-    kind = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=local.lr, weight_decay=local.weight_decay, fused=True)

@@ -58,6 +58,9 @@ class Local(Frozen):
     weight_decay: float = Field(0.0, ge=0, le=10)
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 = not clipped")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the network in training; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     threads: int = Field(1, ge=1, le=256, description="torch threads; changes bits")
     micro_chunk: int = Field(0, ge=0, description="examples per backward pass; 0 = the batch; changes bits")
 

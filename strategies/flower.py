@@ -363,7 +363,7 @@ class QFedAvg(_Stepping):
         return replace(spec, tensors={**spec.tensors, "loss/train": ((), torch.float32)})
 
     def report(self, local: Local, start: Tensors, trained: Tensors) -> Update:
-        update = super().report(local, start, trained)
+        update = super().report(local, start, trained)  # first: `loss` loads other weights into the model
         loss = torch.tensor(local.loss(start), dtype=torch.float32)
         return replace(update, tensors={**update.tensors, "loss/train": loss})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,9 @@ class Task(ABC):
     A task is built from the plan at both ends (`build_task`), so coordinator and site derive the same
     names, shapes and statistics from it. It holds no data and no memory.
     """
+
+    by_value: ClassVar[frozenset[str]] = frozenset()
+    """Prepared tensors whose values `batch` reads: they stay on the CPU, or each read waits for the GPU."""
 
     @property
     @abstractmethod

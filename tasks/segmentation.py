@@ -58,6 +58,7 @@ class Segmentation(Task):
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    by_value: ClassVar[frozenset[str]] = frozenset({"centres", "spacing"})
 
     model: Section
     loss: Section

@@ -31,6 +31,7 @@ CORE = (
     "server/journal.py",
     "client/site.py",
     "client/train.py",
+    "client/step.py",
     "client/state.py",
     "client/policy.py",
     "client/errors.py",

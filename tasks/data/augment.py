@@ -60,7 +60,7 @@ class Augmentation:
         def each(limit: float, relative: bool) -> Tensor:
             u = torch.rand(len(image), generator=draw) * 2 - 1
             u = torch.exp(u * log(1 + limit)) if relative else u * limit
-            return u.to(image.device).view(-1, *[1] * (image.ndim - 1))
+            return _carried(u, image.device).view(-1, *[1] * (image.ndim - 1))
 
         if self.gamma:
             axes = tuple(range(1, image.ndim))
@@ -72,7 +72,7 @@ class Augmentation:
         if self.brightness:
             image = image + each(self.brightness, relative=False)
         if self.noise:
-            noise = torch.randn(image.shape, generator=draw).to(image.device)
+            noise = _carried(torch.randn(image.shape, generator=draw), image.device)
             image = image + noise * each(self.noise, relative=False)
         return image
 
@@ -123,12 +123,19 @@ def cut(
     # grid_sample measures in half sides from the middle, last axis first
     linear = turn * size / sides[:, None]
     shift = 2 * centre / sides - 1
-    theta = torch.cat([linear.flip(0, 1), shift.flip(0)[:, None]], 1).float().to(image.device)
+    theta = _carried(torch.cat([linear.flip(0, 1), shift.flip(0)[:, None]], 1).float(), image.device)
     where = F.affine_grid(theta[None], [1, 1, *patch], align_corners=False)
     linear_mode = "bilinear"  # torch's word for trilinear as well
     cropped = F.grid_sample(image[None], where, linear_mode, "border", align_corners=False)
     labels = F.grid_sample(mask[None, None].float(), where, "nearest", "zeros", align_corners=False)
     return cropped[0], labels[0, 0].long()
+
+
+def _carried(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn, on the device; from pinned memory, or the copy would wait for all work queued there."""
+    if device.type != "cuda":
+        return drawn
+    return drawn.pin_memory().to(device, non_blocking=True)
 
 
 def _uniform(n: int, draw: torch.Generator) -> list[float]:

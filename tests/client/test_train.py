@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from client.policy import Policy
-from client.train import Archive, Bench, Session, channels_last
+from client.step import ahead, channels_last
+from client.train import Archive, Bench, Session
 from conf.schema import Plan
 from strategies.base import Study, fresh_model
 from strategies.protocol import Instruction, Refused
@@ -348,6 +350,62 @@ def test_prepared_cases_are_kept_up_to_the_capacity(capacity: int, loads: int) -
             "w"
         ]
     )
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_batches_made_ahead_are_the_same_batches(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    true = TinyNet.batch
+
+    def batch(self: TinyNet, *given: Any) -> Batch:
+        made.append(threading.current_thread().name)
+        return true(self, *given)
+
+    monkeypatch.setattr(TinyNet, "batch", batch)
+    plan = toy_plan(task="tiny_net", local={"steps": steps})
+    trained = []
+    for prefetch in (False, True):
+        bench = Bench("cpu")
+        bench.prefetch = prefetch
+        here = session(plan=plan, bench=bench)
+        got = here.fit(here.study.initial)
+        trained.append({name: tensor.clone() for name, tensor in got.items()})
+    assert all(tensor.equal(trained[1][name]) for name, tensor in trained[0].items())
+    assert [name == "MainThread" for name in made] == [True] * steps + [False] * steps  # none for nothing
+    assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
+
+
+def test_what_fails_in_a_batch_made_ahead_is_raised() -> None:
+    def batches() -> Iterator[Batch]:
+        yield {"a": torch.ones(1)}
+        raise MemoryError("second")
+
+    coming = ahead(batches())
+    assert next(coming)["a"] == 1
+    with pytest.raises(MemoryError, match="second"):
+        next(coming)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", "float32"), ("float32", "float32"), ("bfloat16",) * 2]
+)
+def test_the_plan_says_how_precisely_the_network_computes(precision: str, dtype: str) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watching(Quadratic):
+        @property
+        def phases(self) -> tuple[Phase, ...]:
+            def loss(model: nn.Module, batch: Batch | None) -> Tensor:
+                assert batch is not None
+                seen.append((batch["a"] @ batch["t"].T).dtype)
+                value: Tensor = model(batch["a"], batch["t"])
+                return value
+
+            return (Phase("train", loss),)
+
+    plan = toy_plan(local={"precision": precision})
+    session(Watching(NONE, NONE), plan).fit({"w": torch.zeros(3)})
+    assert set(seen) == {getattr(torch, dtype)}
 
 
 # ---- scores
