@@ -56,7 +56,8 @@ def _drawn(mask: Path, size: tuple[int, ...], *, volume: bool) -> Array:
 
 def _read(path: Path, *, volume: bool, palette_as_colour: bool) -> tuple[Array, bool]:
     """`HW`, or `HWC` in colour, and `D` at the end for a volume; and whether the picture was turned."""
-    with reading(path), Image.open(path) as file:
+    # by handle: Pillow 13 maps a raw TIFF it knows by name, and then reads a turned one in the wrong shape
+    with reading(path), path.open("rb") as handle, Image.open(handle) as file:
         frames = getattr(file, "n_frames", 1)
         if frames > 1 and not volume:
             raise Faulty(

@@ -1,8 +1,11 @@
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from skimage.io import imsave
 
 from tasks.data.images import read_pair
 from tasks.data.source import Faulty, Reason
@@ -97,3 +100,64 @@ def test_a_cut_file_is_unreadable(tmp_path: Path, suffix: str, keep: int) -> Non
     with pytest.raises(Faulty, match=rf"a\.{suffix}") as caught:
         read_pair(path, None, None)
     assert caught.value.reason is Reason.UNREADABLE
+
+
+def test_a_stack_of_pages_is_a_volume_where_asked(tmp_path: Path) -> None:
+    stack = DRAW.integers(0, 256, (3, 5, 7), dtype=np.uint8)
+    drawn = (stack > 99).astype(np.uint8) * 255
+    for name, values in (("a", stack), ("m", drawn)):
+        pages = [Image.fromarray(p) for p in values]
+        pages[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=pages[1:])
+    raw = read_pair(tmp_path / "a.tif", tmp_path / "m.tif", "nonzero", pages="volume")
+    assert raw.image is not None
+    assert raw.mask is not None
+    assert np.array_equal(raw.image[0], stack.transpose(1, 2, 0))
+    assert np.array_equal(raw.mask, stack.transpose(1, 2, 0) > 99)
+    assert raw.spacing == (1.0, 1.0, 1.0)
+    one = read_pair(write(tmp_path / "one.tif", GRAY), None, None, pages="volume").image
+    assert one is not None
+    assert one.shape == (1, 5, 7, 1)
+    with pytest.raises(Faulty, match=r"data\.columns\.pages=volume"):
+        read_pair(tmp_path / "a.tif", None, None)
+    with pytest.raises(Faulty, match="image 7x5x3, mask 7x5x1"):
+        read_pair(tmp_path / "a.tif", tmp_path / "one.tif", None, pages="volume")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_turned_camera_is_turned_back(tmp_path: Path, turn: int) -> None:
+    # Exif 2.3, tag 0112: where row 0 and column 0 of what is stored lie in what was seen
+    seen = np.arange(35, dtype=np.uint8).reshape(5, 7)
+    stored = {
+        1: seen, 2: seen[:, ::-1], 3: seen[::-1, ::-1], 4: seen[::-1],
+        5: seen.T, 6: np.rot90(seen), 7: seen[::-1, ::-1].T, 8: np.rot90(seen, -1),
+    }[turn]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for suffix in ("png", "tif"):
+        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{suffix}", exif=exif)
+        raw = read_pair(tmp_path / f"a.{suffix}", None, None)
+        assert raw.image is not None
+        assert np.array_equal(raw.image[0], seen)
+        assert bool(raw.notes) == (turn != 1)
+
+
+def test_sixteen_bits_per_colour_are_refused_not_halved(tmp_path: Path) -> None:
+    deep = DRAW.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    imsave(tmp_path / "a.tif", deep, check_contrast=False)
+    (tmp_path / "a.png").write_bytes(png(deep))
+    for name in ("a.tif", "a.png"):
+        with pytest.raises(Faulty, match=f"{name} has 16 bits per colour") as caught:
+            read_pair(tmp_path / name, None, None)
+        assert caught.value.reason is Reason.SHAPE
+
+
+def png(values: np.ndarray) -> bytes:
+    """A PNG of 16-bit colours (PNG 2003, 5.3); Pillow writes none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from conf.exits import Exit, Stop
-from tasks.data.labels import check_label_map, classes
-from tasks.data.source import Faulty, LabelMap, Reason
+from conf.schema import Label, Labels
+from tasks.data.labels import check_label_map, class_number, classes, mapped, naming
+from tasks.data.source import Faulty, LabelMap, Naming, Reason
 
 
 @settings(deadline=None, max_examples=60)
@@ -69,3 +70,75 @@ def test_a_map_to_no_class_stops(label_map: LabelMap, message: str) -> None:
     check_label_map({0: 0, 300: 255})
     check_label_map("nonzero")
     check_label_map(None)
+
+
+FEDERATION = (
+    Label(name="background", value=0),
+    Label(name="liver", value=1, code=("SCT", "10200004", "Liver")),
+    Label(name="tumour", value=2),
+)
+
+
+def test_a_site_s_own_lines_come_before_the_dictionary() -> None:
+    names = naming(
+        Labels(dictionary=FEDERATION, names={"Leber  LINKS": "liver", 7: "tumour", "tumour": "liver"})
+    )
+    assert names.known is not None
+    wanted: dict[int | str, int | None] = {
+        "leber links": 1,
+        " Leber Links": 1,
+        7: 2,
+        "Tumour": 1,
+        "SCT:10200004": 1,
+        "sct:1": None,
+        1: None,
+        0: 0,
+    }
+    assert {n: names.find(n) for n in wanted} == wanted
+    assert names.find("nobody", "Liver", 7) == 1  # the first that is known
+    assert names.annotates is None
+
+
+def test_a_site_that_annotates_one_class_maps_no_other() -> None:
+    names = naming(Labels(dictionary=FEDERATION, names={5: "liver", 6: "tumour"}, annotates=("liver",)))
+    assert (names.find(5), names.find(6), names.find("tumour"), names.annotates) == (1, None, None, (1,))
+
+
+def test_without_dictionary_numbers_are_classes() -> None:
+    assert [naming(Labels()).find(n) for n in (3, "liver", 256)] == [3, None, None]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"dictionary": FEDERATION, "names": {"x": "kidney"}},
+            "labels.names has kidney; labels.dictionary has",
+        ),
+        ({"names": {"x": "kidney"}}, "labels.dictionary has none"),
+        ({"dictionary": FEDERATION, "annotates": ("kidney",)}, "labels.annotates has kidney"),
+        ({"dictionary": (*FEDERATION, Label(name="liver", value=9))}, "the name liver twice"),
+        ({"dictionary": (*FEDERATION, Label(name="spleen", value=2))}, "the value 2 twice"),
+    ],
+)
+def test_a_dictionary_holds_together(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Labels.model_validate(given)
+
+
+def test_what_is_not_mapped_is_left_out_where_the_site_says_so() -> None:
+    names = Naming({1: 4}, ignore=True)
+    out, unmapped = mapped(np.array([[0, 1], [9, 2]], np.uint8), names)
+    assert (out.tolist(), unmapped) == ([[0, 4], [0, 0]], ("2", "9"))
+    assert class_number("odd", "c", names) is None
+
+
+def test_numbers_stay_and_names_are_mapped() -> None:
+    own: dict[int | str, int] = {"Benign": 0, "malignant": 1, 3: 7}
+    names = Naming.of(own)
+    assert [class_number(t, "c", names) for t in ("benign", " MALIGNANT", "3", "-1.5")] == [0, 1, 3, -1.5]
+    with pytest.raises(Faulty, match="c is 'odd'; accepted 3, benign, malignant"):
+        class_number("odd", "c", names)
+    with pytest.raises(Faulty, match="need a finite number") as caught:
+        class_number("inf", "c", names)
+    assert caught.value.reason is Reason.CELL

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.data.nifti import read_pair
+from tasks.data.nifti import nearest, read_pair
 from tasks.data.source import Faulty, Reason
 
 OBLIQUE = np.array([[-0.8, 0.05, 0.1, 40], [0.06, 0.9, -0.2, -10], [-0.1, 0.3, 2.5, 5], [0, 0, 0, 1.0]])
@@ -141,3 +141,95 @@ def test_a_cut_file_is_unreadable(tmp_path: Path, keep: int) -> None:
     with pytest.raises(Faulty, match=r"a\.nii\.gz") as caught:
         read_pair(path, None, None)
     assert caught.value.reason is Reason.UNREADABLE
+
+
+def box(shape: tuple[int, ...], extent: float, turn: np.ndarray) -> np.ndarray:
+    """The affine of a grid of `shape` over a cube of `extent` mm around a turned origin."""
+    step = np.diag([extent / n for n in shape])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ step
+    affine[:3, 3] = turn @ (np.diag(step) / 2)
+    return affine
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.tuples(*[st.integers(2, 7)] * 3), st.tuples(*[st.integers(2, 7)] * 3), st.integers(0, 2**31))
+def test_a_mask_on_another_grid_of_the_same_box_is_the_nearest_voxel(
+    tmp_path_factory: pytest.TempPathFactory, one: tuple[int, ...], other: tuple[int, ...], seed: int
+) -> None:
+    if one == other:
+        return
+    draw = np.random.default_rng(seed)
+    angle = draw.uniform(-0.5, 0.5)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    mask = draw.integers(0, 4, other).astype(np.uint8)
+    paths = pair(
+        tmp_path_factory.mktemp("n"),
+        np.zeros(one, np.float32),
+        mask,
+        box(one, 60, turn),
+        box(other, 60, turn),
+    )
+    raw = read_pair(*paths, None)
+    assert raw.notes == ("a mask on another grid was brought to the image's",)
+    assert raw.mask is not None
+    for index in np.ndindex(one):
+        place = [(i + 0.5) / n * m - 0.5 for i, n, m in zip(index, one, other, strict=True)]
+        near = [{int(np.floor(p + 0.499)), int(np.floor(p + 0.501))} for p in place]  # halves go either way
+        assert raw.mask[index] in {mask[i, j, k] for i in near[0] for j in near[1] for k in near[2]}
+
+
+def test_nearest_reads_through_flips_and_swaps() -> None:
+    values = np.arange(24).reshape(2, 3, 4)
+    swap = np.array([[0, 0, -1, 3], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])
+    # axis 2 of the stored array runs against the image's first
+    assert np.array_equal(nearest(values, swap, np.eye(4), (4, 2, 3)), values.transpose(2, 0, 1)[::-1])
+
+
+def test_a_mask_elsewhere_is_never_brought_over(tmp_path: Path) -> None:
+    image = np.zeros((8, 8, 8), np.float32)
+    for step, shift, belongs in ((2.0, 0.0, True), (2.0, 1.1, False), (2.7, 0.0, False)):
+        affine = np.diag([step, 2, 2, 1])
+        affine[:3, 3] = [0.5 + shift, 0.5, 0.5]
+        files = pair(tmp_path, image, np.zeros((4, 4, 4), np.uint8), np.eye(4), affine)
+        if belongs:
+            assert read_pair(*files, None).mask is not None
+            continue
+        with pytest.raises(Faulty, match="image 8x8x8, mask 4x4x4, and not the same extent") as caught:
+            read_pair(*files, None)
+        assert caught.value.reason is Reason.SIZE
+
+
+def framed(path: Path, q: np.ndarray | None, s: np.ndarray | None) -> Path:
+    image = nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), None)  # type: ignore[no-untyped-call]
+    image.set_qform(q, code=0 if q is None else 1)  # type: ignore[no-untyped-call]
+    image.set_sform(s, code=0 if s is None else 1)  # type: ignore[no-untyped-call]
+    nib.save(image, path)
+    return path
+
+
+def test_the_sform_speaks_where_it_is_set_and_contradictions_are_refused(tmp_path: Path) -> None:
+    plain, far = np.diag([1.0, 2, 3, 1]), np.diag([1.0, 2, 3, 1])
+    far[0, 3] = 50
+    for q, s, wanted, notes in (
+        (plain, None, plain, 0),
+        (None, far, far, 0),
+        (plain, far, far, 1),
+        (plain, plain, plain, 0),
+    ):
+        raw = read_pair(framed(tmp_path / "a.nii", q, s), None, None)
+        assert np.allclose(raw.affine, wanted)
+        assert len(raw.notes) == notes
+    assert "no orientation" in read_pair(framed(tmp_path / "a.nii", None, None), None, None).notes[0]
+    with pytest.raises(Faulty, match="turn the axes differently: RAS and LAS") as caught:
+        read_pair(framed(tmp_path / "a.nii", plain, np.diag([-1.0, 2, 3, 1])), None, None)
+    assert caught.value.reason is Reason.GEOMETRY
+    with pytest.raises(Faulty, match="other voxel sizes: 1x2x3 and 1x2x4 mm"):
+        read_pair(framed(tmp_path / "a.nii", plain, np.diag([1.0, 2, 4, 1])), None, None)
+
+
+def test_channels_may_stand_on_the_fifth_axis(tmp_path: Path) -> None:
+    image = np.arange(48, dtype=np.float32).reshape(2, 3, 4, 1, 2)
+    raw = read_pair(write(tmp_path / "a.nii", image, np.eye(4)), None, None)
+    assert raw.image is not None
+    assert np.array_equal(raw.image, np.moveaxis(image[:, :, :, 0], 3, 0))
