@@ -62,6 +62,7 @@ class Dimse:
         self._expected: dict[str, Instance] = {}
         self._shelf: Shelf | None = None
         self._broken: Exception | None = None
+        self._handlers: Any = [(evt.EVT_C_STORE, self._arrived), (evt.EVT_DATA_SENT, _prompt)]
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -78,7 +79,9 @@ class Dimse:
         for key, value in keys.items():
             setattr(asked, key, value)
         for status, found in self._connected(Find).send_c_find(asked, Find):
-            code = self._status(status)
+            if "Status" not in status:
+                raise Away(f"hangs up on a query: does it know the AE title {self._source.title}?")
+            code = int(status.Status)
             if code in _PENDING and found is not None:
                 yield {e.keyword: _text(e.value) for e in found if e.keyword in keys}
             elif code:
@@ -94,15 +97,17 @@ class Dimse:
         asked.SeriesInstanceUID = instances[0].series
         asked.SOPInstanceUID = [i.uid for i in instances]
         with _spooled(shelf.spool):
+            code = 0
             if self._source.via == "get":
                 classes = frozenset(i.sop_class for i in instances)
                 responses = self._connected(Get, classes).send_c_get(asked, Get)
             else:
                 self._listen()
                 responses = self._connected(Move).send_c_move(asked, self._source.title, Move)
-            code = 0
             for status, _ in responses:
-                code = self._status(status)
+                if "Status" not in status:
+                    raise Away("went away")
+                code = int(status.Status)
         if self._broken is not None:
             raise self._broken
         if code == _NO_DESTINATION:
@@ -122,6 +127,7 @@ class Dimse:
         if self._link is not None and self._link.is_established and needed <= self._speaks:
             return self._link
         self._hang_up()
+        self._knock()
         offered = _offered(classes)
         link = self._ae.associate(
             self._host,
@@ -130,7 +136,7 @@ class Dimse:
             ae_title=self._title,
             max_pdu=_PDU,
             ext_neg=[build_role(c, scp_role=True) for c in {c.abstract_syntax for c in offered} if c],
-            evt_handlers=[(evt.EVT_C_STORE, self._arrived)],
+            evt_handlers=self._handlers,
             tls_args=(trust(self._source), self._host) if self._source.tls else None,
         )
         if not link.is_established:
@@ -141,6 +147,13 @@ class Dimse:
                 Exit.PACS_REFUSED, f"{self._source.source} does not offer {_NAMES[model]} to this site"
             )
         return link
+
+    def _knock(self) -> None:
+        """See whether anybody listens: an association that fails does not say why."""
+        try:
+            socket.create_connection((self._host, self._port), self._ae.connection_timeout).close()
+        except OSError as error:
+            raise Away(f"port {self._port} cannot be reached ({error.strerror or error})") from None
 
     def _refused(self, link: Association) -> None:
         """Say why there is no association.
@@ -155,17 +168,12 @@ class Dimse:
                 raise Away("is too busy for an association")
             text = f"{self._source.source} refuses {self._source.title} ({why}): check both AE titles"
             raise Stop(Exit.PACS_REFUSED, text)
-        raise Away(f"cannot be reached at port {self._port}")
+        raise Away(f"does not answer as an archive at port {self._port}")
 
     def _hang_up(self) -> None:
         if self._link is not None and self._link.is_established:
             self._link.release()
         self._link = None
-
-    def _status(self, status: Dataset) -> int:
-        if "Status" not in status:
-            raise Away("went away")
-        return int(status.Status)
 
     def _failed(self, what: str, code: int) -> None:
         if code in (0xA700, 0x0110):  # out of resources, processing failure
@@ -181,9 +189,9 @@ class Dimse:
         for context in AllStoragePresentationContexts:
             self._ae.add_supported_context(str(context.abstract_syntax), AllTransferSyntaxes)
         where = self._source.listen_on or _way_to(self._host, self._port)
-        handlers: Any = [(evt.EVT_C_STORE, self._arrived)]
+        at = (where, self._source.listen)
         try:
-            server = self._ae.start_server((where, self._source.listen), block=False, evt_handlers=handlers)
+            server = self._ae.start_server(at, block=False, evt_handlers=self._handlers)
         except OSError as error:
             text = f"cannot listen on {where} port {self._source.listen} ({error.strerror}): set pacs.listen"
             raise Stop(Exit.CONFIG, text) from None
@@ -209,6 +217,13 @@ class Dimse:
 
 
 _NAMES = {Find: "C-FIND", Get: "C-GET", Move: "C-MOVE"}
+
+
+def _prompt(event: evt.Event) -> None:
+    """Acknowledge what comes next at once: an archive that writes in bits waits 40 ms for it otherwise."""
+    transport = event.assoc.dul.socket
+    if transport is not None and transport.socket is not None and hasattr(socket, "TCP_QUICKACK"):
+        transport.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
 def _offered(classes: frozenset[str]) -> list[PresentationContext]:

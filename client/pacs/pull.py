@@ -74,25 +74,27 @@ def pull(source: Pacs, folder: Path, progress: Progress | None = None) -> Pulled
         Stop: (`CONFIG`, `PACS_AWAY`, `PACS_REFUSED`, `PACS_AUTH`, `PACS_EMPTY`, `SITE_BUSY`, `DISK_FULL`).
     """
     query = parse(source.query)
-    shelf = Shelf(folder)
     pulled = Pulled(folder)
+    known = 0
+
+    def tell(landed: int = 1) -> None:
+        pulled.fetched += landed
+        if progress is not None:
+            progress(pulled.here + pulled.fetched, known)
+
+    shelf = Shelf(folder, tell)
     with no_space(folder, "pull again: what came is kept"), shelf.open(), _connect(source) as archive:
         patience = _Patience(source, pulled)
         series = list(_series(archive, query, patience))
         known = sum(count for _, _, count in series)
-
-        def tell() -> None:
-            if progress is not None:
-                progress(pulled.here + pulled.fetched, known)
-
         for study, one, count in series:
             listed = _instances(archive, study, one, patience)
-            known += len(listed) - count
             wanted = [i for i in listed if not shelf.has(i)]
+            known += len(listed) - count
             pulled.found += len(listed)
             pulled.here += len(listed) - len(wanted)
-            tell()
-            _fetch(archive, wanted, shelf, pulled, patience, tell)
+            tell(0)
+            pulled.missing += _fetch(archive, wanted, shelf, patience)
     if not pulled.found:
         raise Stop(Exit.PACS_EMPTY, f"{source.source} has nothing that matches {' '.join(source.query)}")
     return pulled
@@ -195,33 +197,25 @@ def _uid(found: Mapping[str, str], key: str) -> str:
         ) from None
 
 
-def _fetch(
-    archive: Archive,
-    wanted: Sequence[Instance],
-    shelf: Shelf,
-    pulled: Pulled,
-    patience: _Patience,
-    tell: Callable[[], None],
-) -> None:
-    """Fetch in batches; what a batch left out is asked for once more by itself."""
+def _fetch(archive: Archive, wanted: Sequence[Instance], shelf: Shelf, patience: _Patience) -> list[Instance]:
+    """Fetch in batches; what a batch left out is asked for once more by itself. Returns what never came."""
+    missing: list[Instance] = []
     batches = [wanted[i : i + archive.at_once] for i in range(0, len(wanted), archive.at_once)]
     while batches:
         batch = batches.pop(0)
+        away = None
         try:
             archive.fetch(batch, shelf)
-            gone = False
         except Away as error:
-            gone, away = True, error
-        came = [i for i in batch if shelf.has(i)]
-        pulled.fetched += len(came)
-        tell()
+            away = error
         left = [i for i in batch if not shelf.has(i)]
-        if came or not gone:
+        if away is None or len(left) < len(batch):
             patience.reset()
-        if gone:
+        if away is not None and left:
             patience.wait(away)
             batches.insert(0, left)
         elif len(batch) > 1:
             batches[:0] = [[i] for i in left]
         else:
-            pulled.missing += left
+            missing += left
+    return missing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,12 @@ class Shelf:
     """Instances below a folder: `<hash of series>/<hash of instance>.dcm`.
 
     A name appears by a rename after its content was synced, so the folder itself is the inventory: what has
-    its name here is whole, and needs no second transfer.
+    its name here is whole, and needs no second transfer. `landed` is called for each.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, landed: Callable[[], None]) -> None:
         self.folder = folder
+        self._landed = landed
         self.spool = folder / ".coming"
 
     @contextmanager
@@ -87,6 +88,7 @@ class Shelf:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         file.replace(path)
         sync_folder(path.parent)
+        self._landed()
 
     def _path(self, instance: Instance) -> Path:
         return self.folder / _hash(instance.series)[:16] / f"{_hash(instance.uid)[:32]}.dcm"

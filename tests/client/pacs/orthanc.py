@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -69,7 +70,7 @@ class Orthanc:
         }
         (self.folder / "orthanc.json").write_text(json.dumps(about))
         with (self.folder / "log").open("ab") as log:
-            command = [PROGRAM, str(self.folder / "orthanc.json")]
+            command = [PROGRAM, "--verbose", str(self.folder / "orthanc.json")]
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         until = time.monotonic() + 20
         while time.monotonic() < until and self.process.poll() is None:
@@ -81,10 +82,21 @@ class Orthanc:
                 time.sleep(0.05)
         pytest.fail((self.folder / "log").read_text())
 
-    def send(self, files: Iterable[Path]) -> None:
-        with httpx.Client(trust_env=False, timeout=30) as client:
+    def send(self, files: Iterable[Path], auth: tuple[str, str] | None = None) -> None:
+        with httpx.Client(trust_env=False, timeout=30, auth=auth) as client:
             for file in files:
                 client.post(f"{self.url}/instances", content=file.read_bytes()).raise_for_status()
+
+    def given(self) -> int:
+        """Instances it handed out so far, as its own log has it."""
+        asked, count = "", 0
+        for line in (self.folder / "log").read_text().splitlines():
+            if match := re.search(r"Incoming (Find|Get|Move) request", line):
+                asked = match[1]
+            read = re.search(r'of "DICOM" content type$|content type 1 from cache$', line)
+            over_dimse = bool(read) and asked in ("Get", "Move")
+            count += over_dimse or "/file (built-in API)" in line
+        return count
 
     def kill(self) -> None:
         if self.process is not None:

@@ -13,7 +13,7 @@ import pytest
 from client.pacs.pull import pull
 from client.pacs.settings import Pacs
 from conf.exits import Exit, Stop
-from tests.client.pacs.orthanc import Orthanc
+from tests.client.pacs.orthanc import Orthanc, free_port, serving
 
 pytestmark = pytest.mark.federation
 
@@ -50,9 +50,11 @@ def test_what_comes_is_what_was_sent_and_comes_once(
     assert {
         stat.S_IMODE(p.stat().st_mode) & 0o077 for p in (ram / "pacs").rglob("*") if p.name != ".lock"
     } == {0}
+    given = archive.given()
     times = {p: p.stat().st_mtime_ns for p in here}
     again = pull(source, ram / "pacs")
     assert (again.fetched, again.here) == (0, len(here))
+    assert archive.given() == given
     assert times == {p: p.stat().st_mtime_ns for p in here}
 
 
@@ -68,3 +70,108 @@ def test_nothing_matches(way: str, archive: Orthanc, ram: Path) -> None:
     with pytest.raises(Stop, match="nothing that matches Modality=XA") as stop:
         pull(WAYS[way](archive, query=("Modality=XA",)), ram / "pacs")
     assert stop.value.exit == Exit.PACS_EMPTY
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_archive_is_asked_for_the_rest_alone(
+    way: str, real: Callable[[str], Path], ram: Path
+) -> None:
+    files = sorted((real("dicom_series") / "mr_ge_mr750_epi_multivolume").rglob("*.dcm"))
+    half = 21
+    with serving() as mortal:
+        mortal.send(files)
+        source = WAYS[way](mortal, query=("Modality=MR",))
+
+        def kill(done: int, known: int) -> None:
+            if done == half:
+                mortal.kill()
+
+        with pytest.raises(Stop, match=f"{half} instances are here: pull again to go on") as stop:
+            pull(source, ram / "pacs", kill)
+        assert stop.value.exit == Exit.PACS_AWAY
+        first = pixels(sorted((ram / "pacs").rglob("*.dcm")))
+        assert len(first) == half
+        assert half <= mortal.given() <= half + 1  # one may have been on its way
+        before = mortal.given()
+        mortal.start()
+        pulled = pull(source, ram / "pacs")
+        assert (pulled.here, pulled.fetched) == (half, len(files) - half)
+        assert mortal.given() - before == len(files) - half
+        assert pixels(sorted((ram / "pacs").rglob("*.dcm"))) == pixels(files)
+
+
+def test_a_restarted_archive_is_waited_for(real: Callable[[str], Path], ram: Path) -> None:
+    files = sorted((real("dicom_series") / "pt_ge_petctac").rglob("*.dcm"))
+    with serving() as mortal:
+        mortal.send(files)
+
+        def restart(done: int, known: int) -> None:
+            if done == 4:
+                mortal.kill()
+                mortal.start()
+
+        pulled = pull(mortal.dimse("get", query=("Modality=PT",), retries=2), ram / "pacs", restart)
+        assert (pulled.fetched, pulled.missing) == (10, [])
+
+
+def lines(error: Stop) -> int:
+    return len(str(error).splitlines())
+
+
+def test_what_dimse_refuses(archive: Orthanc, ram: Path) -> None:
+    node = f"127.0.0.1:{archive.port}"
+    for source, exit, message in (
+        (archive.dimse("get", source=f"OTHER@{node}", query=ALL), Exit.PACS_REFUSED, "Called AE title not"),
+        (
+            archive.dimse("get", title="STRANGER", query=ALL),
+            Exit.PACS_AWAY,
+            "hangs up on a query: does it know the AE title STRANGER",
+        ),
+        (
+            archive.dimse("get", source=f"ORTHANC@127.0.0.1:{free_port()}", query=ALL),
+            Exit.PACS_AWAY,
+            "port .* cannot be reached",
+        ),
+        (
+            archive.dimse("get", source=f"ORTHANC@127.0.0.1:{archive.web_port}", query=ALL),
+            Exit.PACS_AWAY,
+            "cannot be reached",
+        ),
+    ):
+        with pytest.raises(Stop, match=message) as stop:
+            pull(source, ram / "pacs")
+        assert (stop.value.exit, lines(stop.value)) == (exit, 1)
+
+
+def test_what_dicomweb_refuses(archive: Orthanc, ram: Path) -> None:
+    for source, exit, message in (
+        (archive.web(source=f"{archive.url}/nothing", query=ALL), Exit.PACS_REFUSED, "HTTP 404"),
+        (archive.web(source=f"{archive.url}/app/explorer.html", query=ALL), Exit.PACS_REFUSED, "HTTP 404"),
+        (
+            archive.web(source=f"http://127.0.0.1:{free_port()}/dicom-web", query=ALL),
+            Exit.PACS_AWAY,
+            "ConnectError",
+        ),
+        (
+            archive.web(source=f"http://127.0.0.1:{archive.port}/dicom-web", query=ALL),
+            Exit.PACS_AWAY,
+            "does not answer",
+        ),
+    ):
+        with pytest.raises(Stop, match=message) as stop:
+            pull(source, ram / "pacs")
+        assert (stop.value.exit, lines(stop.value)) == (exit, 1)
+
+
+def test_a_login(real: Callable[[str], Path], ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted((real("dicom_series") / "pt_ge_petctac").rglob("*.dcm"))
+    with serving(AuthenticationEnabled=True, RegisteredUsers={"ward": "round"}) as locked:
+        source = locked.web(query=("Modality=PT",))
+        with pytest.raises(
+            Stop, match=r"wants other credentials .HTTP 401.: give token_file, login_file"
+        ) as stop:
+            pull(source, ram / "pacs")
+        assert stop.value.exit == Exit.PACS_AUTH
+        locked.send(files, auth=("ward", "round"))
+        monkeypatch.setenv("WARDROUND_PACS_LOGIN", "ward:round")
+        assert pull(source, ram / "pacs").fetched == 10
