@@ -62,7 +62,12 @@ class Dimse:
         self._expected: dict[str, Instance] = {}
         self._shelf: Shelf | None = None
         self._broken: Exception | None = None
-        self._handlers: Any = [(evt.EVT_C_STORE, self._arrived), (evt.EVT_DATA_SENT, _prompt)]
+        self._sockets: list[socket.socket] = []
+        self._handlers: Any = [
+            (evt.EVT_CONN_OPEN, self._opened),
+            (evt.EVT_DATA_SENT, _prompt),
+            (evt.EVT_C_STORE, self._arrived),
+        ]
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -174,6 +179,14 @@ class Dimse:
         if self._link is not None and self._link.is_established:
             self._link.release()
         self._link = None
+        while self._sockets:
+            self._sockets.pop().close()
+
+    def _opened(self, event: evt.Event) -> None:
+        """Keep the socket: pynetdicom leaves it open where the other end died."""
+        transport = event.assoc.dul.socket
+        if event.assoc.is_requestor and transport is not None and transport.socket is not None:
+            self._sockets.append(transport.socket)
 
     def _failed(self, what: str, code: int) -> None:
         if code in (0xA700, 0x0110):  # out of resources, processing failure

@@ -135,7 +135,7 @@ def test_what_dimse_refuses(archive: Orthanc, ram: Path) -> None:
         (
             archive.dimse("get", source=f"ORTHANC@127.0.0.1:{archive.web_port}", query=ALL),
             Exit.PACS_AWAY,
-            "cannot be reached",
+            "does not answer as an archive",
         ),
     ):
         with pytest.raises(Stop, match=message) as stop:
