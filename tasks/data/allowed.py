@@ -117,7 +117,8 @@ _RULES: dict[Keep, str] = {
         PlanePositionSequence PlaneOrientationSequence FrameContentSequence FrameVOILUTSequence
         PixelValueTransformationSequence CTImageFrameTypeSequence MRImageFrameTypeSequence
         PETFrameTypeSequence FrameAnatomySequence MRDiffusionSequence
-        DiffusionGradientDirectionSequence MREchoSequence MRTimingAndRelatedParametersSequence
+        CTXRayDetailsSequence DiffusionGradientDirectionSequence MREchoSequence
+        MRTimingAndRelatedParametersSequence
         DimensionOrganizationSequence DimensionIndexSequence ModalityLUTSequence
         RadiopharmaceuticalInformationSequence SegmentSequence SegmentIdentificationSequence
         DerivationImageSequence SourceImageSequence ReferencedSeriesSequence ReferencedInstanceSequence

@@ -88,6 +88,10 @@ def maker(text: str) -> str:
 
 def _text(dataset: Dataset, keyword: str) -> str:
     try:
+        if keyword not in dataset:  # of all frames of a multi-frame object (PS3.3 C.7.6.16)
+            for groups in (dataset.get("SharedFunctionalGroupsSequence") or ())[:1]:
+                inner = [g.value[0] for g in groups if g.VR == "SQ" and g.value]
+                dataset = next((item for item in inner if keyword in item), dataset)
         return str(dataset.get(keyword) or "").strip()
     except Exception:  # noqa: BLE001  a broken element makes pydicom raise nearly anything
         return ""

@@ -1,10 +1,10 @@
-"""Made-up CT patients of several hospitals, as DICOM series with DICOM SEG: demo and tests need no real one.
+"""Made-up CT patients of several hospitals, as DICOM series with labels: demo and tests need no real one.
 
 Each patient has an elliptical body with fat, muscle and spine, a liver (segment 1) with lesions
 (segment 2, inside the liver's segment), and further organs that nobody labelled. Hospitals differ in
-contrast phase (how bright organs are), spacing, blur, noise and manufacturer; and at all but the first
-another unlabelled organ looks like the liver: bright as it, with spots like lesions. What tells the liver
-apart at one hospital misleads at the others, so a model of one does worse there than a model of all.
+contrast phase (how bright organs are), spacing, blur, noise, manufacturer and rescaling; and at all but the
+first another unlabelled organ looks like the liver: bright as it, with spots like lesions. What tells the
+liver apart at one hospital misleads at the others, so a model of one does worse there than a model of all.
 """
 
 from __future__ import annotations
@@ -13,19 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import highdicom as hd
 import numpy as np
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.sr.codedict import codes
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
-from pydicom.valuerep import DA, DT, TM
 from scipy.ndimage import gaussian_filter, gaussian_filter1d  # type: ignore[import-untyped]
 
 from conf.exits import Exit, Stop
+from tasks.data.phantom_files import PLAIN, Form, Scan, Scanner
 from tasks.data.source import Array
 
-SEGMENTS = ("liver", "lesion")  # segment numbers 1, 2
-_DATE, _TIME = "20200101", "120000"
 _THICK = 120.0  # mm along the body that a series covers
 _WIDE = 320.0  # mm across
 
@@ -40,7 +34,6 @@ class _Hospital:
         wide: field of view over 320 mm. slice_mm, blur_mm: mm. noise: standard deviation, HU. offset: HU.
     """
 
-    manufacturer: str
     liver: float
     lesion: float
     spleen: float
@@ -53,25 +46,78 @@ class _Hospital:
     blur_mm: float
     noise: float
     offset: float
+    scanner: Scanner
 
 
+_SIEMENS = Scanner("SIEMENS", "B30f", 1.0, -1024.0)
+_GE = Scanner("GE MEDICAL SYSTEMS", "BONE", 1.0, 0.0)
+_PHILIPS = Scanner("Philips", "A", 0.5, -1024.0)
 _HOSPITALS = (
     # portal venous phase: every organ has a brightness of its own
-    _Hospital("SIEMENS", 115.0, 40.0, 175.0, 15.0, -25.0, 200.0, "", 1.0, 6.0, 2.0, 8.0, 0.0),
+    _Hospital(
+        115.0,
+        40.0,
+        175.0,
+        15.0,
+        -25.0,
+        200.0,
+        "",
+        1.0,
+        6.0,
+        2.0,
+        8.0,
+        0.0,
+        _SIEMENS,
+    ),
     # late arterial phase, sharp and noisy, with contrast in the bowel
-    _Hospital("GE MEDICAL SYSTEMS", 88.0, 25.0, 140.0, 8.0, 88.0, 165.0, "bowel", 0.92, 5.0, 1.0, 24.0, 6.0),
+    _Hospital(
+        88.0,
+        25.0,
+        140.0,
+        8.0,
+        88.0,
+        165.0,
+        "bowel",
+        0.92,
+        5.0,
+        1.0,
+        24.0,
+        6.0,
+        _GE,
+    ),
     # no contrast: spleen and liver look alike
-    _Hospital("Philips", 58.0, 5.0, 58.0, -350.0, 5.0, 30.0, "spleen", 1.08, 8.0, 3.5, 8.0, -6.0),
+    _Hospital(
+        58.0,
+        5.0,
+        58.0,
+        -350.0,
+        5.0,
+        30.0,
+        "spleen",
+        1.08,
+        8.0,
+        3.5,
+        8.0,
+        -6.0,
+        _PHILIPS,
+    ),
 )
 
 
 def make_phantom(
-    folder: Path, *, hospitals: int = 3, patients: int = 16, seed: int = 0, size: int = 64
+    folder: Path,
+    *,
+    hospitals: int = 3,
+    patients: int = 16,
+    seed: int = 0,
+    size: int = 64,
+    forms: Sequence[Form] = PLAIN,
 ) -> None:
     """Write `hospital_a/01/1/*.dcm`, … below `folder`; equal arguments give equal files.
 
     Args:
-        patients: per hospital; every third has a second series. size: rows and columns.
+        patients: per hospital; every third has a second series. size: rows and columns. forms: how each
+            hospital writes its files, in turn; image and labels are the same in all.
 
     Raises:
         Stop: (`CONFIG`) a number out of range.
@@ -85,13 +131,43 @@ def make_phantom(
             raise Stop(Exit.CONFIG, f"phantom {name} is {value}; accepted {low} to {high}")
     for h in range(hospitals):
         letter = chr(ord("a") + h)
-        scanner = _HOSPITALS[h % len(_HOSPITALS)]
+        here, form = _HOSPITALS[h % len(_HOSPITALS)], forms[h % len(forms)]
         for p in range(1, patients + 1):
             draw = np.random.default_rng([seed, h, p])
             body = _Body.drawn(draw)
             for s in range(1, 2 + (p % 3 == 0)):
-                series = _Series(f"{seed}/{letter}/{p}/{s}", letter, p, s, scanner, body)
-                series.write(folder / f"hospital_{letter}" / f"{p:02}" / str(s), size, draw)
+                scan = _scan(f"{seed}/{letter}/{p}/{s}", here, body, size, draw)
+                scan.write(folder / f"hospital_{letter}" / f"{p:02}" / str(s), form)
+
+
+def _scan(name: str, here: _Hospital, body: _Body, size: int, draw: np.random.Generator) -> Scan:
+    """One series of one patient; `name` is seed, hospital, patient, series."""
+    _, hospital, patient, number = name.split("/")
+    pixel = _WIDE * here.wide / size
+    count = max(4, round(_THICK / here.slice_mm))
+    first = np.array([*(2 * [-pixel * (size - 1) / 2]), -here.slice_mm * (count - 1) / 2])
+    first += draw.uniform(-4, 4, 3).round(2)
+    k, r, c = np.meshgrid(np.arange(count), np.arange(size), np.arange(size), indexing="ij")
+    points = first + np.stack([c * pixel, r * pixel, k * here.slice_mm], axis=-1)
+    hu, truth = body.scan(points, here, draw)
+    hu = gaussian_filter(hu, (0, here.blur_mm / pixel, here.blur_mm / pixel))
+    hu = gaussian_filter1d(hu, 0.4, axis=0)
+    grain = gaussian_filter(draw.normal(size=hu.shape), (0, 0.5, 0.5))
+    hu += here.offset + grain / grain.std() * here.noise
+    return Scan(
+        name=name,
+        hospital=hospital,
+        patient=int(patient),
+        number=int(number),
+        sex=body.sex,
+        age=body.age,
+        scanner=here.scanner,
+        hu=np.clip(np.rint(hu), -1024, 3071),
+        truth=truth,
+        first=first,
+        pixel=pixel,
+        slice_mm=here.slice_mm,
+    )
 
 
 @dataclass(frozen=True)
@@ -156,7 +232,7 @@ class _Body:
             spots={name: _spots(ball, draw) for name, ball in {"liver": main, **others}.items()},
         )
 
-    def scan(self, points: Array, scanner: _Hospital, draw: np.random.Generator) -> tuple[Array, Array]:
+    def scan(self, points: Array, here: _Hospital, draw: np.random.Generator) -> tuple[Array, Array]:
         """HU (before blur and noise) and segment numbers at `points` (`…3`, LPS mm)."""
         angle = np.deg2rad(self.turn)
         back = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
@@ -169,14 +245,14 @@ class _Body:
             hu[radius < edge] = value
         spine = ((flat - [0, 0.62 * self.half[1]]) ** 2).sum(-1) < 19.0**2
         liver = (self.liver[0].holds(own) | self.liver[1].holds(own)) & inside & ~spine
-        level = scanner.liver + draw.normal(0, 6.0)
-        lesion = level + scanner.lesion - scanner.liver + draw.normal(0, 4.0)
+        level = here.liver + draw.normal(0, 6.0)
+        lesion = level + here.lesion - here.liver + draw.normal(0, 4.0)
         for kidney in self.kidneys:
-            hu[kidney.holds(own) & inside] = scanner.kidney + draw.normal(0, 6.0)
+            hu[kidney.holds(own) & inside] = here.kidney + draw.normal(0, 6.0)
         for name, ball in self.others.items():
             organ = ball.holds(own) & inside
-            hu[organ] = getattr(scanner, name) + draw.normal(0, 6.0)
-            if name == scanner.double:
+            hu[organ] = getattr(here, name) + draw.normal(0, 6.0)
+            if name == here.double:
                 hu[organ & _any(self.spots[name], own)] = lesion
         hu[spine] = 330.0
         hu[liver] = level
@@ -198,113 +274,3 @@ def _spots(organ: _Ball, draw: np.random.Generator) -> tuple[_Ball, ...]:
 def _any(balls: Sequence[_Ball], points: Array) -> Array:
     held: Array = np.logical_or.reduce([ball.holds(points) for ball in balls])
     return held
-
-
-@dataclass(frozen=True)
-class _Series:
-    """One CT series and its SEG. `name` fixes every UID."""
-
-    name: str
-    hospital: str
-    patient: int
-    number: int
-    scanner: _Hospital
-    body: _Body
-
-    def uid(self, what: object) -> UID:
-        return generate_uid(entropy_srcs=["wardround phantom", self.name, str(what)])
-
-    def write(self, folder: Path, size: int, draw: np.random.Generator) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        s = self.scanner
-        pixel = _WIDE * s.wide / size
-        count = max(4, round(_THICK / s.slice_mm))
-        first = np.array([*(2 * [-pixel * (size - 1) / 2]), -s.slice_mm * (count - 1) / 2])
-        first += draw.uniform(-4, 4, 3).round(2)
-        k, r, c = np.meshgrid(np.arange(count), np.arange(size), np.arange(size), indexing="ij")
-        points = first + np.stack([c * pixel, r * pixel, k * s.slice_mm], axis=-1)
-        hu, truth = self.body.scan(points, s, draw)
-        hu = gaussian_filter(hu, (0, s.blur_mm / pixel, s.blur_mm / pixel))
-        hu = gaussian_filter1d(hu, 0.4, axis=0)
-        grain = gaussian_filter(draw.normal(size=hu.shape), (0, 0.5, 0.5))
-        hu += s.offset + grain / grain.std() * s.noise
-        stored = np.clip(np.rint(hu) + 1024, 0, 4095).astype(np.uint16)
-        slices = []
-        for i in range(count):
-            slices.append(self._slice(i, stored[i], first + np.array([0, 0, i * s.slice_mm]), pixel))
-            slices[i].save_as(folder / f"{i + 1:03}.dcm", enforce_file_format=True)
-        self._seg(slices, truth).save_as(folder / "seg.dcm", enforce_file_format=True)
-
-    def _slice(self, index: int, stored: Array, position: Array, pixel: float) -> FileDataset:
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID = CTImageStorage
-        meta.MediaStorageSOPInstanceUID = self.uid(index)
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)  # type: ignore[arg-type]
-        ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, self.uid(index)
-        ds.StudyInstanceUID, ds.SeriesInstanceUID = self.uid("study"), self.uid("series")
-        ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = self.uid("frame"), ""
-        ds.PatientName = f"PHANTOM^{self.hospital.upper()}^{self.patient:02}"
-        ds.PatientID = f"PHANTOM-{self.hospital.upper()}-{self.patient:02}"
-        ds.PatientBirthDate, ds.PatientSex, ds.PatientAge = "", self.body.sex, f"{self.body.age:03}Y"
-        ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = _DATE
-        ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = _TIME
-        ds.StudyID, ds.SeriesNumber, ds.InstanceNumber = "1", self.number, index + 1
-        ds.AcquisitionNumber, ds.AccessionNumber, ds.ReferringPhysicianName = 1, "", ""
-        ds.Modality, ds.Manufacturer = "CT", self.scanner.manufacturer
-        ds.ImageType, ds.KVP, ds.PatientPosition = ["ORIGINAL", "PRIMARY", "AXIAL"], "120", "HFS"
-        ds.ImagePositionPatient = [f"{v:.4f}" for v in position]
-        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        ds.PixelSpacing = [f"{pixel:.6f}"] * 2
-        ds.SliceThickness = self.scanner.slice_mm
-        ds.Rows, ds.Columns = stored.shape
-        ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
-        ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = "1", "-1024", "HU"
-        ds.PixelData = stored.astype("<u2").tobytes()
-        return ds
-
-    def _seg(self, slices: list[FileDataset], truth: Array) -> hd.seg.Segmentation:
-        maker = hd.AlgorithmIdentificationSequence(
-            name="phantom", version="1", family=codes.cid7162.ArtificialIntelligence
-        )
-        described = [
-            hd.seg.SegmentDescription(
-                segment_number=i + 1,
-                segment_label=label,
-                segmented_property_category=category,
-                segmented_property_type=kind,
-                algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                algorithm_identification=maker,
-            )
-            for i, (label, category, kind) in enumerate(
-                (
-                    (SEGMENTS[0], codes.SCT.Organ, codes.SCT.Liver),
-                    (SEGMENTS[1], codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion),
-                )
-            )
-        ]
-        seg = hd.seg.Segmentation(
-            source_images=slices,
-            pixel_array=np.stack([truth > 0, truth == 2], axis=-1).astype(np.uint8),
-            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=described,
-            series_instance_uid=self.uid("seg series"),
-            series_number=100 + self.number,
-            sop_instance_uid=self.uid("seg"),
-            instance_number=1,
-            manufacturer="wardround",
-            manufacturer_model_name="phantom",
-            software_versions="1",
-            device_serial_number="1",
-            omit_empty_frames=True,
-        )
-        # highdicom draws these anew each time; equal arguments must give equal files
-        seg.ContentDate = seg.InstanceCreationDate = seg.SeriesDate = DA(_DATE)
-        seg.ContentTime = seg.InstanceCreationTime = seg.SeriesTime = TM(_TIME)
-        for item in seg.ContributingEquipmentSequence:
-            item.ContributionDateTime = DT(_DATE + _TIME)
-        organization = self.uid("dimensions")
-        for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
-            item.DimensionOrganizationUID = organization
-        return seg
