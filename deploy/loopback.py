@@ -311,13 +311,14 @@ def rehearse(folder: Path, rounds: int) -> None:
     from tasks.data.ingest import ingest
     from tasks.data.patients import patient_key
     from tasks.data.phantom import make_phantom
+    from tasks.data.phantom_files import MIXED
 
     began = time.monotonic()
 
     def say(text: str) -> None:
         sys.stdout.write(f"{time.monotonic() - began:5.1f} s  {text}\n")
 
-    make_phantom(folder / "hospitals", hospitals=3, patients=4, size=48)
+    make_phantom(folder / "hospitals", hospitals=3, patients=4, size=48, forms=MIXED)
     sites = sorted(path.name for path in (folder / "hospitals").iterdir())
     for site in sites:
         home = folder / "sites" / site

@@ -16,6 +16,7 @@ from server.report.figure import figure
 from server.report.table import Record, final, records, show
 from server.simulate import simulate
 from tasks.data.phantom import make_phantom
+from tasks.data.phantom_files import MIXED
 
 
 def demo(folder: Path | None = None) -> Path:
@@ -35,7 +36,7 @@ def demo(folder: Path | None = None) -> Path:
         raise Stop(Exit.RUN_EXISTS, f"{folder} exists; choose another: wardround demo --out DIR")
     hospitals = folder / "hospitals"
     typer.echo(f"generating three hospitals in {hospitals}")
-    make_phantom(hospitals, hospitals=3)
+    make_phantom(hospitals, hospitals=3, forms=MIXED)
     composed = compose(["+experiment=demo", "data.root=.", "run.dir=."])
     settings = composed.model_copy(
         update={

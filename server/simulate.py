@@ -31,6 +31,7 @@ from strategies.base import Tensors
 from strategies.code import code_digest
 from tasks.data.cache import Cache, Entry, default_cache
 from tasks.data.ingest import ingest
+from tasks.data.released import Released
 from tasks.data.splits import by_site, deal, split
 from tasks.seeds import generator
 
@@ -191,6 +192,7 @@ def _cached(data: Data) -> Cache:
             workers=os.cpu_count() or 1,
             progress=progress,
             wait=True,
+            released=Released(folder.parent / "state" / "released"),
         )
     for refused in report.refused:
         note(f"refused: {refused.source}: {refused.reason} ({refused.detail})")

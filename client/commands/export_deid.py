@@ -28,7 +28,7 @@ def export_deid(
     from tasks.data.deident import Pseudonyms
     from tasks.data.export import check_folders, export
     from tasks.data.patients import Barred, patient_key
-    from tasks.data.quarantine import Released
+    from tasks.data.released import Released
 
     check_folders(source, destination)
     places = key_places(site, key_file)

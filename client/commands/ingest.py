@@ -126,6 +126,7 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
     from tasks.data.ingest import NothingKept
     from tasks.data.ingest import ingest as bring_up
     from tasks.data.patients import Barred, patient_key
+    from tasks.data.released import Released
 
     if not root.is_dir():
         raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
@@ -145,6 +146,7 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
                 workers=data.hands,
                 progress=progress,
                 barred=Barred.read(places.barred),
+                released=Released(places.released),
             )
     except NothingKept as stop:
         _show(stop.report.refused)

@@ -21,7 +21,7 @@ def release(
     A released file is known by its SHA-256: changed, it needs a new look.
     """
     from client.audit import Audit
-    from tasks.data.quarantine import Released, digest
+    from tasks.data.released import Released, digest
 
     paths = [inner for path in files for inner in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     absent = [path for path in paths if not path.exists()]

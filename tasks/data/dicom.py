@@ -22,7 +22,7 @@ from tasks.data.guard import Guard, shared
 from tasks.data.header import Header, read_header
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import frames
-from tasks.data.quarantine import Released
+from tasks.data.released import Released
 from tasks.data.series import Image, Part, Volume, assemble
 from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason
 

@@ -19,7 +19,8 @@ from pydicom.errors import InvalidDicomError
 from conf.exits import Exit, Stop
 from conf.files import no_space, write_synced
 from tasks.data.deident import Pseudonyms, deidentify, identity
-from tasks.data.quarantine import Released, doubt
+from tasks.data.quarantine import doubt
+from tasks.data.released import Released
 from tasks.data.source import Faulty, Reason, quietly, reading
 
 _LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"  # Label Map Segmentation

@@ -22,6 +22,7 @@ from tasks.data.frozen import sweep
 from tasks.data.journal import Journal
 from tasks.data.patients import Barred, fingerprint, pseudonym
 from tasks.data.room import Room
+from tasks.data.released import Released
 from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason, quietly
 from tasks.data.summary import facts
 
@@ -83,6 +84,7 @@ def ingest(
     progress: Progress | None = None,
     barred: Barred = _NOBODY,
     wait: bool = False,
+    released: Released | None = None,
 ) -> Report:
     """Bring `cache` up to date with the files below `root`.
 
@@ -97,6 +99,7 @@ def ingest(
         workers: cases read at a time, each with a guarded process of its own for DICOM.
         progress: called with (done, total).
         barred: patients who are not taken in. wait: for another ingest of this cache to end.
+        released: files whose pixels were reviewed.
 
     Raises:
         Stop: (`NO_DATA_ROOT`, `CONFIG`, `DISK_FULL`, `CACHE_DAMAGED`, `SITE_BUSY`),
@@ -106,14 +109,15 @@ def ingest(
     barred.check(key)
     settings = [VERSION, manifest, columns.model_dump(), Naming.of(label_map).plain(), fingerprint(key)]
     files = sorted(_walk(root)) if manifest is None else []
-    tree = _stamp(root, files, [*settings, sorted(barred.names)]) if files else ""
+    others = [sorted(barred.names), sorted(released.known if released else ())]
+    tree = _stamp(root, files, [*settings, *others]) if files else ""
     if tree and tree == cache.index.tree:
         return replace(_report(cache.index.records, read=0), changed=False)
     from tasks.data.labels import check_label_map  # readers cost more to import than a run without work
 
     check_label_map(label_map)
     with quietly():
-        found = _discover(root, files, manifest, columns, label_map, workers)
+        found = _discover(root, files, manifest, columns, label_map, released, workers)
         with cache.changing(wait=wait):
             job = _Job(root, cache, settings, label_map, key, barred.names)
             records, read = job.run(found, workers, progress)
@@ -145,6 +149,7 @@ def _discover(
     manifest: str | None,
     columns: Columns,
     label_map: LabelMap,
+    released: Released | None,
     workers: int,
 ) -> list[Found]:
     from tasks.data.dicom import from_series
@@ -155,7 +160,8 @@ def _discover(
     else:
         with_masks = columns.label is not None
         found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)
-        found = site_folders(found + from_series(root, files, with_masks=with_masks, workers=workers))
+        series = from_series(root, files, with_masks=with_masks, released=released, workers=workers)
+        found = site_folders(found + series)
     return sorted(found, key=lambda f: f.source)
 
 

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable
-from pathlib import Path
-
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag
-
-from conf.exits import Exit, Stop
-from conf.files import write_atomic
 
 #: modalities whose pictures commonly carry text: ultrasound, captured and scanned pages, fluoroscopy,
 #: visible light
@@ -38,7 +30,6 @@ _CLASSES = frozenset(
 _VISIBLE_LIGHT = "1.2.840.10008.5.1.4.1.1.77."
 #: PS3.3 C.8.6.1: (0008,0064) Conversion Type of what was scanned, filmed or drawn
 _CONVERTED = frozenset(("DV", "DI", "DF", "WSD", "SD", "SI", "DRW"))
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 #: what `doubt` reads, for readers of a few attributes
 TAGS = ("SOPClassUID", "Modality", "BurnedInAnnotation", "RecognizableVisualFeatures", "ConversionType")
@@ -70,47 +61,3 @@ def doubt(dataset: Dataset, *, leaving: bool = False) -> str:
 
 def _embedded(tag: BaseTag) -> bool:
     return tag.group >> 8 == 0x60 and tag.element == 0x0102  # PS3.3 C.9.2, retired: bit of PixelData
-
-
-class Released:
-    """The files that the engineer released: SHA-256 of each, a line each, in a file of the site."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: frozenset[str] | None = None
-
-    @property
-    def known(self) -> frozenset[str]:
-        """The digests.
-
-        Raises:
-            Stop: (`CONFIG`) a line is none.
-        """
-        if self._known is None:
-            try:
-                lines = self._path.read_text().split()
-            except FileNotFoundError:
-                lines = []
-            if any(not _DIGEST.fullmatch(line) for line in lines):
-                raise Stop(Exit.CONFIG, f"{self._path} holds a line that is no SHA-256; remove that line")
-            self._known = frozenset(lines)
-        return self._known
-
-    def holds(self, path: Path) -> bool:
-        """Whether this very file was released."""
-        return bool(self.known) and digest(path) in self.known
-
-    def add(self, digests: Iterable[str]) -> int:
-        """Release files by their digests; returns how many were not yet."""
-        new = set(digests) - self.known
-        if new:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomic(self._path, ("\n".join(sorted(self.known | new)) + "\n").encode())
-            self._known = self.known | new
-        return len(new)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, by which it is released: a changed file needs a new look."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from tasks.data.allowed import ALLOWED, Words
 from tasks.data.deident import Pseudonyms
 from tasks.data.export import Outcome, export, export_file
 from tasks.data.phantom import make_phantom
-from tasks.data.quarantine import Released, digest
+from tasks.data.released import Released, digest
 from tasks.data.source import Reason, quietly
 from tests.canary import Canary, annex_e, dictionary, files
 
