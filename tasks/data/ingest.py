@@ -21,8 +21,8 @@ from tasks.data.cache import VERSION, Cache, Entry, Index, Record
 from tasks.data.frozen import sweep
 from tasks.data.journal import Journal
 from tasks.data.patients import Barred, fingerprint, pseudonym
-from tasks.data.room import Room
 from tasks.data.released import Released
+from tasks.data.room import Room
 from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason, quietly
 from tasks.data.summary import facts
 
