@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
 from client.places import Places, SiteOption
 from client.places import site_file as find_site
@@ -130,12 +128,11 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
 
     if not root.is_dir():
         raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
-    screen = Console(stderr=True)
     if not places.key.exists():
         note = f"making the key that names patients: {places.key} (keep it: another key gives other names)"
-        screen.print(note, highlight=False, markup=False, soft_wrap=True)
+        typer.echo(note, err=True)
     try:
-        with _bar(screen) as progress:
+        with _bar() as progress:
             report = bring_up(
                 root,
                 Cache(places.cache),
@@ -178,7 +175,7 @@ def _pull(source: Pacs | None, root: Path) -> Exit:
     if not source.folder.resolve().is_relative_to(root.resolve()):
         text = f"pacs.folder {source.folder} is not in data.root {root}, so an ingest would not see it"
         raise Stop(Exit.CONFIG, f"{text}; choose a folder below the data root")
-    with _bar(Console(stderr=True), "pulling") as progress:
+    with _bar("pulling") as progress:
         pulled = pull(source, source.folder, progress)
     counts = f"{pulled.fetched} fetched, {pulled.here} here before, {len(pulled.missing)} not to be had"
     typer.echo(f"{pulled.found} instances found: {counts}")
@@ -232,13 +229,16 @@ def parse_label_map(text: str | None) -> dict[int | str, int] | Literal["nonzero
 
 
 @contextmanager
-def _bar(screen: Console, what: str = "reading") -> Iterator[Told | None]:
+def _bar(what: str = "reading") -> Iterator[Told | None]:
     """A progress bar where somebody watches."""
-    if not screen.is_terminal:
+    if not sys.stderr.isatty():
         yield None
         return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=screen, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -247,6 +247,9 @@ def _show(refused: Sequence[Refused]) -> None:
     """The refused cases with their reasons: paths are shown here, at the site, and nowhere else."""
     if not refused:
         return
+    from rich.console import Console
+    from rich.table import Table
+
     screen = Console()
     if not screen.is_terminal:
         screen.width = 200  # into a file or pipe, whole paths

@@ -26,9 +26,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
-
 from conf.exits import Exit, Stop
 from conf.files import no_space, sync_file, sync_folder, write_atomic
 from tasks.data.source import Raw
@@ -133,6 +130,7 @@ class Cache:
             Stop: (`CACHE_DAMAGED`) the object is missing or cut off.
         """
         import torch
+        from safetensors import SafetensorError, safe_open
 
         from tasks.base import Case
 
@@ -175,6 +173,9 @@ class Cache:
 
     def put(self, raw: Raw) -> str:
         """Keep a case's arrays durably; nothing refers to them yet. Returns the digest."""
+        import safetensors.numpy
+        from safetensors import SafetensorError
+
         facts = {
             "affine": raw.affine.tolist(),
             "spacing": list(raw.spacing),
@@ -350,7 +351,7 @@ def entry_of(source: str, e: Mapping[str, Any]) -> Entry:
     )
 
 
-def _as_os_error(error: SafetensorError) -> OSError:
+def _as_os_error(error: Exception) -> OSError:
     """What the operating system said, which the library hands on as text."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]) if found else errno.EIO, str(error))

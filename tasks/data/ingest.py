@@ -24,7 +24,6 @@ from tasks.data.patients import Barred, fingerprint, pseudonym
 from tasks.data.released import Released
 from tasks.data.room import Room
 from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason, quietly
-from tasks.data.summary import facts
 
 _NOBODY = Barred()
 
@@ -222,6 +221,8 @@ class _Job:
         return entry is None or self.cache.path(entry.digest).exists()
 
     def _read(self, case: Found, patient: str, stamp: str) -> Record:
+        from tasks.data.summary import facts
+
         try:
             if case.fault is not None or case.read is None:
                 raise case.fault or Faulty(Reason.UNREADABLE, "nothing reads it")

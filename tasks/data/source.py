@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-Array = NDArray[Any]
+    Array = NDArray[Any]
+else:  # an ingest that finds nothing new should cost next to nothing: numpy alone takes 0.1 s
+    Array = Any
+
 _LISTED = 8  # names quoted in a message
 Names = Mapping[int, int] | Mapping[str, int] | Mapping[int | str, int]
 
@@ -225,6 +228,8 @@ def finite_float32(image: Array) -> Array:
     Raises:
         Faulty: NaN, infinity, or a value beyond float32.
     """
+    import numpy as np
+
     with np.errstate(over="ignore", invalid="ignore"):
         out = np.ascontiguousarray(image, dtype=np.float32)
     if not np.isfinite(out).all():
@@ -241,6 +246,8 @@ def stored(image: Array) -> Array:
     """
     if image.dtype.kind in "iub":
         low, high = (int(image.min()), int(image.max())) if image.size else (0, 0)
+        import numpy as np
+
         for small in (np.uint8, np.int16):
             if np.iinfo(small).min <= low and high <= np.iinfo(small).max:
                 return np.ascontiguousarray(image, dtype=small)
