@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.exits import Exit, Stop
 from tasks.data.source import Array, Faulty, Reason
 
 Answer = tuple[dict[str, Any], Array | None]
@@ -89,13 +90,13 @@ class Guard:
         except OSError as error:
             raise Faulty(Reason.UNREADABLE, f"{path.name}: {error.strerror}") from None
         budget = min(self.limit_bytes + _PER_FILE_BYTE * size + room, _CAP)
-        deadline = time.monotonic() + self.limit_s + size / _SLOWEST
         request = {
             "job": f"{job.__module__}:{job.__qualname__}",
             "path": str(path.absolute()),
             "given": given,
         }
         worker = self._take()
+        deadline = time.monotonic() + self.limit_s + size / _SLOWEST
         sound = False
         try:
             worker.ask({**request, "budget": budget, "seconds": math.ceil(deadline - time.monotonic())})
@@ -135,7 +136,10 @@ class Guard:
             self._closed = False
             if self._idle:
                 return self._idle.pop()
-        return _Worker()
+        try:
+            return _Worker()
+        except (OSError, EOFError) as error:  # no file's fault
+            raise Stop(Exit.INTERNAL, f"the process that parses files does not start: {error!r}") from None
 
     def _give(self, worker: _Worker, sound: bool) -> None:
         with self._lock:

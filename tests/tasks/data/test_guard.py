@@ -1,0 +1,265 @@
+"""Hostile files: refused by type and reason, under the limits; the next file is read as ever."""
+
+import io
+import json
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    RLELossless,
+    generate_uid,
+)
+
+from tasks.data.dryrun import dry_run, inspect
+from tasks.data.guard import Answer, Guard, _Worker
+from tasks.data.header import header, read_header
+from tasks.data.pixels import frames
+from tasks.data.source import Faulty, Reason
+
+LIMIT = 256 << 20
+
+
+@pytest.fixture(scope="module")
+def guard() -> Iterator[Guard]:
+    with Guard(limit_bytes=LIMIT, limit_s=20) as one:
+        yield one
+
+
+def file(path: Path, syntax: str = ExplicitVRLittleEndian, **changes: object) -> Path:
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID = CTImageStorage, generate_uid(), "P1"
+    ds.SeriesInstanceUID, ds.Modality = generate_uid(), "CT"
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = 4, 4, 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+    ds.PixelData = np.arange(16, dtype="<u2").tobytes()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.TransferSyntaxUID = CTImageStorage, UID(syntax)
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    for name, value in changes.items():
+        setattr(ds, name, value)
+    if syntax == RLELossless:
+        ds["PixelData"].is_undefined_length = True
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def bomb(path: Path, inside: int = 400 << 20) -> Path:
+    """A deflated file whose one private element inflates to `inside` zero bytes."""
+    plain = file(path, DeflatedExplicitVRLittleEndian).read_bytes()
+    start = 128 + 4 + 12 + struct.unpack("<I", plain[140:144])[0]
+    deflate = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    body = io.BytesIO()
+    body.write(plain[:start])
+    body.write(deflate.compress(zlib.decompress(plain[start:], -zlib.MAX_WBITS)))
+    body.write(deflate.compress(struct.pack("<HH2sHI", 0x7FE1, 0x1001, b"OB", 0, inside)))
+    for _ in range(inside >> 20):
+        body.write(deflate.compress(bytes(1 << 20)))
+    body.write(deflate.flush())
+    path.write_bytes(body.getvalue())
+    return path
+
+
+def nested(path: Path, depth: int) -> Path:
+    """Sequences of undefined length within each other."""
+    sequence = struct.pack("<HH2sHI", 0x0008, 0x1140, b"SQ", 0, 0xFFFFFFFF)
+    item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    plain = file(path).read_bytes()
+    at = plain.index(struct.pack("<HH", 0x0010, 0x0020))
+    path.write_bytes(plain[:at] + (sequence + item) * depth + plain[at:])
+    return path
+
+
+def peak(guard: Guard, job: Callable[..., Iterator[Answer]], path: Path) -> int:
+    """The largest resident size (bytes) that any worker of this process ever had, after a job."""
+    with pytest.raises(Faulty, match=path.name):
+        guard.call(job, path)
+    return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+@pytest.mark.parametrize("job", [header, inspect])  # one stops before pixels, the other does not
+def test_a_deflated_bomb_is_refused_under_the_limit(
+    tmp_path: Path, guard: Guard, job: Callable[..., Iterator[Answer]]
+) -> None:
+    path = bomb(tmp_path / "bomb.dcm")
+    assert path.stat().st_size < 1 << 20
+    assert peak(guard, job, path) < LIMIT + (150 << 20)  # and 150 MiB that Python with NumPy takes itself
+    with pytest.raises(Faulty, match="more memory than its limit") as caught:
+        guard.call(job, path)
+    assert caught.value.reason is Reason.LIMIT
+
+
+@pytest.mark.parametrize("depth", [5_000, 200_000])
+@pytest.mark.parametrize("job", [header, inspect])
+def test_deep_nesting_is_refused(
+    tmp_path: Path, guard: Guard, depth: int, job: Callable[..., Iterator[Answer]]
+) -> None:
+    with pytest.raises(Faulty, match=r"deep\.dcm") as caught:
+        guard.call(job, nested(tmp_path / "deep.dcm", depth))
+    assert caught.value.reason in (Reason.UNREADABLE, Reason.LIMIT)
+
+
+BIG = {"Rows": 65535, "Columns": 65535, "NumberOfFrames": "2147483647"}
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+@pytest.mark.parametrize("names", [("Rows", "Columns"), ("NumberOfFrames",), tuple(BIG)])
+def test_absurd_sizes_are_refused(tmp_path: Path, guard: Guard, syntax: str, names: tuple[str, ...]) -> None:
+    rle = struct.pack("<16I", 2, 64, 82, *[0] * 13) + (b"\x0f" + bytes(16)) * 2 + b"\0\0"
+    data = {} if syntax == ExplicitVRLittleEndian else {"PixelData": pydicom.encaps.encapsulate([rle])}
+    path = file(tmp_path / "huge.dcm", syntax, **data, **{n: BIG[n] for n in names})
+    began = time.monotonic()
+    with pytest.raises(Faulty, match=r"huge\.dcm"):
+        list(guard.stream(frames, path, indices=[0]) if "Rows" in names else guard.stream(inspect, path))
+    lines = list(dry_run(tmp_path, guard))
+    assert lines[0]["outcome"] == "undecodable"
+    assert lines[1]["reason"]
+    assert time.monotonic() - began < 15
+    assert guard.call(header, file(tmp_path / "next.dcm"))[0]["rows"] == 4
+
+
+def worker() -> psutil.Process:
+    (one,) = psutil.Process().children()
+    return one
+
+
+@pytest.fixture
+def alone(guard: Guard) -> Guard:
+    """The guard of this module with no worker left of it, so that a test's own worker is the only child."""
+    guard.close()
+    return guard
+
+
+def test_a_worker_is_used_again_and_replaced_after_a_limit(tmp_path: Path, alone: Guard) -> None:
+    path = file(tmp_path / "a.dcm")
+    with Guard() as guard:
+        guard.call(header, path)
+        first = worker()
+        for _ in range(20):
+            guard.call(header, path)
+        assert worker() == first
+        with pytest.raises(Faulty, match="limit"):
+            guard.call(header, bomb(tmp_path / "bomb.dcm"))
+        guard.call(header, path)
+        assert worker() != first
+    assert not psutil.Process().children()
+
+
+def test_a_worker_can_write_no_file_and_dump_no_core(tmp_path: Path, alone: Guard) -> None:
+    with Guard() as guard:
+        guard.call(header, file(tmp_path / "a.dcm"))
+        for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+            assert resource.prlimit(worker().pid, limit) == (0, 0)
+
+
+def test_a_hang_ends_at_the_limit_and_the_next_file_is_read(tmp_path: Path, alone: Guard) -> None:
+    path = file(tmp_path / "a.dcm")
+    with Guard(limit_s=1) as guard:
+        guard.call(header, path)
+        stopped = worker()
+        stopped.suspend()
+        began = time.monotonic()
+        with pytest.raises(Faulty, match=r"a\.dcm: parsing takes more than 1 s") as caught:
+            guard.call(header, path)
+        assert caught.value.reason is Reason.LIMIT
+        assert time.monotonic() - began < 3
+        assert not stopped.is_running()
+    with Guard() as guard:
+        assert read_header(path, guard).rows == 4
+
+
+def test_a_crash_is_a_refusal(tmp_path: Path, alone: Guard) -> None:
+    path = file(tmp_path / "a.dcm")
+    with Guard() as guard:
+        guard.call(header, path)
+        victim = worker()
+        victim.suspend()
+        threading.Timer(0.2, victim.kill).start()
+        with pytest.raises(Faulty, match=r"a\.dcm: its parser died \(signal 9\)") as caught:
+            guard.call(header, path)
+        assert caught.value.reason is Reason.UNREADABLE
+        assert read_header(path, guard).rows == 4
+
+
+def said(message: object, data: bytes = b"", size: int | None = None) -> bytes:
+    text = message if isinstance(message, bytes) else json.dumps(message).encode()
+    return struct.pack("<IQ", len(text), len(data) if size is None else size) + text + data
+
+
+ANSWER: dict[str, object] = {"state": "answer", "facts": {}, "dtype": None}
+LIES = {
+    "objects": said({**ANSWER, "dtype": "object", "shape": [1]}, bytes(8)),
+    "size": said({**ANSWER, "dtype": "int16", "shape": [2, 2]}, bytes(7)),
+    "negative": said({**ANSWER, "dtype": "int16", "shape": [-2, -2]}, bytes(8)),
+    "overflow": said({**ANSWER, "dtype": "int16", "shape": [2**63, 2**63, 0]}, bytes(8)),
+    "shape": said({**ANSWER, "dtype": "int16", "shape": "ab"}, bytes(8)),
+    "facts": said({**ANSWER, "facts": []}),
+    "state": said({**ANSWER, "state": "elsewhere"}),
+    "reason": said({**ANSWER, "state": "fault", "facts": {"reason": "none", "detail": "", "unmapped": []}}),
+    "keys": said({}),
+    "list": said([]),
+    "pickle": said(b"\x80\x04."),
+    "nested": said(b"[" * 100_000),
+    "long text": struct.pack("<IQ", 2**32 - 1, 0),
+    "long array": said({**ANSWER, "dtype": "uint8", "shape": [2**40]}, size=2**40),
+    "cut": said(ANSWER)[:-1],
+    "nothing": b"",
+    "header": said({**ANSWER, "facts": {"rows": "many"}}) + said({**ANSWER, "state": "end"}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_whatever_a_taken_over_worker_says_is_a_refusal_at_most(
+    tmp_path: Path, lie: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    captive = object.__new__(_Worker)
+    captive._line = ours
+    captive._process = subprocess.Popen(["sleep", "0"])
+    guard = Guard()
+    monkeypatch.setattr(guard, "_take", lambda: captive)
+    with theirs:
+        theirs.sendall(lie)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(Faulty, match=r"a\.dcm: its parser died"):
+            read_header(file(tmp_path / "a.dcm"), guard)
+    guard.close()
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    path = file(tmp_path / "a.dcm")
+    code = (
+        "import os, sys, psutil; from pathlib import Path; from tasks.data.guard import Guard;"
+        "from tasks.data.header import header;"
+        "Guard().call(header, Path(sys.argv[1])); print(psutil.Process().children()[0].pid, flush=True);"
+        "os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=True, text=True)
+    for _ in range(50):
+        if not psutil.pid_exists(int(done.stdout)):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_jobs_come_from_this_package_only(tmp_path: Path, guard: Guard) -> None:
+    with pytest.raises(Faulty, match="shutil has no jobs"):
+        guard.call(shutil.rmtree, file(tmp_path / "a.dcm"))  # type: ignore[arg-type]
+    assert (tmp_path / "a.dcm").exists()
