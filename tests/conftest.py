@@ -15,6 +15,8 @@ from tests.toys import TOYS
 
 TASKS._entries.update(TOYS)
 
+DATA = Path(os.environ.get("WARDROUND_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Real processes first, and all in one process of a parallel run: they use both cores and the clock."""
@@ -29,10 +31,9 @@ def real() -> Callable[[str], Path]:
     """A real data set by name; missing, it is a loud skip here and a failure in CI."""
 
     def find(name: str) -> Path:
-        root = Path(os.environ.get("WARDROUND_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-        if (root / name).is_dir():
-            return root / name
-        message = f"data set {name} is not below {root}; set WARDROUND_TEST_DATA"
+        if (DATA / name).is_dir():
+            return DATA / name
+        message = f"data set {name} is not below {DATA}; set WARDROUND_TEST_DATA"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
