@@ -46,7 +46,7 @@ lint: $(READY)
 experiments: $(READY)
 	$(BIN)/python bench/experiments.py $(DATA)
 
+# PARTS='fold commands' measures only those
 bench: $(READY)
-	$(BIN)/python bench/fold.py
-	$(BIN)/python bench/commands.py
+	$(BIN)/python -m bench $(PARTS)
 	$(BIN)/python -m bench.deployed

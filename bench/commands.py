@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from row import row
+
 
 def answer(*argv: str) -> float:
     """Seconds that a command takes, the best of five."""
@@ -22,5 +24,5 @@ def answer(*argv: str) -> float:
 
 
 if __name__ == "__main__":
-    print(f"wardround --help: {answer('--help'):.2f} s")
-    print(f"wardround simulate --cfg job: {answer('simulate', '--cfg', 'job'):.2f} s")
+    row("wardround --help", answer("--help"), "s", 0.3)
+    row("wardround simulate --cfg job", answer("simulate", "--cfg", "job"), "s")

@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from bench import idle
+from bench.row import row
 from conf.files import scratch_prefix, shared_memory
 from deploy.loopback import Loopback
 
@@ -42,10 +43,7 @@ class Table:
 
     def row(self, what: str, measured: float, limit: float, unit: str = "s", note: str = "") -> None:
         """Print one; `limit` is the largest value that is right."""
-        missed = measured > limit
-        self.bad += missed
-        mark = "MISSED" if missed else "ok"
-        print(f"{what:58s} {measured:8.2f} {unit:6s} limit {limit:6.2f}  {mark:6s} {note}", flush=True)
+        self.bad += not row(what, measured, unit, limit, note=note)
 
 
 class Idlers(Loopback):

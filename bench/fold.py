@@ -2,7 +2,7 @@
 
     python bench/fold.py [--updates 50] [--parameters 25000000]
 
-Prints one line. Other work on the machine shows: a plain copy is timed beside every answer, and the
+Other work on the machine shows: a plain copy is timed beside every answer, and the
 best of both are set against each other. Leaves with 1 where the sum is not exact.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from row import row
 
 from strategies.exact import Sum, ring_bits
 from strategies.protocol import Spec, Update
@@ -93,15 +94,14 @@ def main() -> None:
     total = fold.finish(partial, spec)
     right = int(((total.ring[where] - total.bias).numpy() == expected).sum())
     cpu, wall = (sum(column) for column in zip(*folds, strict=True))
-    print(
-        f"fold {asked.updates} x {size / 1e6:g} M float32, one core: "
-        f"best {gb / min(c for c, _ in folds):.2f}, mean {asked.updates * gb / cpu:.2f}, "
-        f"by the clock {asked.updates * gb / wall:.2f} GB/s of updates "
-        f"(plain copy: best {copy_gb / min(c for c, _ in copies):.2f}, "
-        f"mean {len(copies) * copy_gb / sum(c for c, _ in copies):.2f}); "
-        f"exact in {right} of {SAMPLE} sampled sums; PSS rise {(peak - before) / (4 * size):.2f} models"
-    )
-    raise SystemExit(right != SAMPLE)
+    what = f"{asked.updates} x {size / 1e6:g} M float32, one core"
+    row(f"check and add {what}: best", gb / min(c for c, _ in folds), "GB/s", 3.0, "least")
+    row(f"check and add {what}: mean", asked.updates * gb / cpu, "GB/s")
+    row(f"check and add {what}: by the clock", asked.updates * gb / wall, "GB/s")
+    row("plain copy beside it: best", copy_gb / min(c for c, _ in copies), "GB/s")
+    row("rise of PSS while adding", (peak - before) / (4 * size), "models", 4.0)
+    exact = row("sampled sums that are not exact", SAMPLE - right, f"of {SAMPLE}", 0)
+    raise SystemExit(not exact)
 
 
 if __name__ == "__main__":

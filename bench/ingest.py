@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from row import row
 
 SIDE = 512
 COMMAND = Path(sys.executable).with_name("wardround-site")
@@ -95,11 +96,6 @@ def pss(pid: int) -> Iterator[float]:
         return
 
 
-def row(name: str, value: str, limit: str, kept: bool) -> bool:
-    print(f"{name:<44} {value:>14}   {limit:<18} {'ok' if kept else 'MISSED'}", flush=True)
-    return kept
-
-
 ALL = os.sched_getaffinity(0)
 
 
@@ -120,20 +116,16 @@ def main() -> None:
         print(f"{count} slices of {SIDE}x{SIDE}, {len(ALL)} cores", flush=True)
         file = site(home / "site", home / "one", 1)
         first, _ = ingest(file, one)
-        kept = [
-            row("one study, one core", f"{count / first:.0f} slices/s", "at least 60", count / first >= 60)
-        ]
+        kept = [row("ingest: one study, one core", count / first, "slices/s", 60, "least")]
         second, _ = ingest(file, one)
         share = second / first
-        kept.append(row("again, nothing new", f"{second:.2f} s, {share:.1%}", "under 2 %", share < 0.02))
+        kept.append(row("ingest again, nothing new", 100 * share, "%", 2, note=f"{second:.2f} s"))
         _, peak = ingest(site(home / "site", home / "one", 0), ALL, watch=True)
-        kept.append(row("one study, PSS of all processes", f"{peak:.2f} GB", "under 1.5 GB", peak < 1.5))
+        kept.append(row("ingest: one study, PSS of all processes", peak, "GB", 1.5))
         took, peak = ingest(site(home / "site", home / "eight", 0), ALL, watch=True)
         rate = count // 8 * 8 / took / len(ALL)
-        kept.append(
-            row("eight studies, all cores, per core", f"{rate:.0f} slices/s", "at least 60", rate >= 60)
-        )
-        print(f"{'eight studies, PSS of all processes':<44} {peak:>11.2f} GB", flush=True)
+        kept.append(row("ingest: eight studies, all cores, per core", rate, "slices/s", 60, "least"))
+        row("ingest: eight studies, PSS of all processes", peak, "GB")
     finally:
         shutil.rmtree(home)
     raise SystemExit(not all(kept))

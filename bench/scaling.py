@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
+from row import row
 
 from conf.files import scratch_prefix, shared_memory
 from conf.schema import Runtime
@@ -100,12 +101,14 @@ def main() -> None:
             shutil.rmtree(folder)
         base = base or memory
         each = 1e3 * seconds / min(100, count)
-        print(
-            f"{asked.runtime} {count:6d} sites: {1e3 * seconds:7.1f} ms a round, {each:.3f} ms a site asked "
-            f"(limit {LIMIT_MS}), {memory - base:+7.1f} MB, {slope:+.3f} MB a round (limit {LIMIT_SLOPE_MB})",
-            flush=True,
+        name, free = f"{asked.runtime}, {count} sites, {min(100, count)} asked", None
+        rows = (
+            row(f"{name}: a round", 1e3 * seconds, "ms"),
+            row(f"{name}: a site asked", each, "ms", LIMIT_MS if count >= 100 else free),
+            row(f"{name}: memory for each site more", 1e3 * (memory - base) / count, "kB"),
+            row(f"{name}: memory", slope, "MB/round", LIMIT_SLOPE_MB if asked.rounds >= 100 else free),
         )
-        bad += (count >= 100 and each > LIMIT_MS) + (asked.rounds >= 100 and slope > LIMIT_SLOPE_MB)
+        bad += not all(rows)
     raise SystemExit(bad > 0)
 
 
