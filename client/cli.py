@@ -11,6 +11,7 @@ from client.commands.export_deid import export_deid
 from client.commands.forget import forget
 from client.commands.ingest import ingest
 from client.commands.init import init
+from client.commands.preview import preview
 from client.commands.release import release
 from conf.console import exit_codes, leave
 
@@ -38,6 +39,7 @@ app.command()(ingest)
 app.command()(forget)
 app.command()(audit)
 app.command()(release)
+app.command()(preview)
 app.command("export-deid")(export_deid)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from conf.schema import Columns, Frozen, Labels, Own, SiteName, complaint
 if TYPE_CHECKING:  # they bring torch, and an ingest needs none
     from client.site import Site
     from client.train import Bench
+    from tasks.data.cache import Entry
     from tasks.data.source import Naming
 
 
@@ -109,6 +110,21 @@ class SiteFile(Frozen):
         """What the site keeps of its patients."""
         return Places(self.cache, self.key, self.audit)
 
+    def parts(self, entries: Sequence[Entry]) -> Mapping[str, Sequence[Entry]]:
+        """The site's cases by split.
+
+        Raises:
+            Stop: no usable split.
+        """
+        from tasks.data.splits import split
+
+        return split(
+            entries,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.split_seed,
+        )
+
     def site(self, bench: Bench) -> Site:
         """The site, its replies kept before they leave.
 
@@ -119,19 +135,12 @@ class SiteFile(Frozen):
         from client.site import Plans, Site
         from strategies.code import code_digest
         from tasks.data.cache import Cache
-        from tasks.data.splits import split
 
         cache = Cache(self.cache)
-        parts = partial(
-            split,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            seed=self.split_seed,
-        )
-        parts(cache.entries)  # says now what the first instruction would find
+        self.parts(cache.entries)  # says now what the first instruction would find
         return Site(
             name=self.name,
-            archive=Shelf(cache, parts),
+            archive=Shelf(cache, self.parts),
             policy=self.policy,
             bench=bench,
             plans=Plans(self.state / "plans"),

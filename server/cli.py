@@ -78,8 +78,9 @@ def fingerprint(context: typer.Context) -> None:
 def _fingerprint(settings: Settings) -> None:
     from server.cluster import absolute
     from server.fingerprint import fingerprint as run
+    from server.report.sites import show
 
-    typer.echo(run(absolute(settings)))
+    show(*run(absolute(settings)))
 
 
 @app.command()
@@ -102,7 +103,14 @@ def report(
 ) -> None:
     """Print the results of a run again."""
     from server.report.table import show
+    from server.runfolder import RunFolder as Folder
 
+    if Folder.asks_only(run):
+        from server.fingerprint import reopen
+        from server.report.sites import show as show_sites
+
+        show_sites(reopen(run), run)
+        return
     show(run, metric=metric, markdown=markdown)
     if picture is not None:
         from server.report.examples import examples

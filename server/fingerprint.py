@@ -14,10 +14,12 @@ from conf.exits import Exit, Stop
 from conf.files import scratch_prefix, write_atomic
 from conf.schema import Plan, Section, Settings
 from server.checkpoint import latest
+from server.heterogeneity import Comparison, compare
 from server.planning import Decision, as_json, fragment, plan_from
 from server.progress import note
 from server.runfolder import RunFolder
 from server.simulate import Federation, Simulation
+from strategies.base import Study
 from tasks.base import build_task
 from tasks.data.fingerprint import CELLS, Fingerprint
 
@@ -28,13 +30,14 @@ class Found:
 
     Attributes:
         merged: over all sites. sites: of each, where each one's answer was kept.
-        plan: what the rules make of it, and the decisions with their reasons.
+        plan: what the rules make of it, and the decisions with their reasons. compared: the sites.
     """
 
     merged: Fingerprint
     sites: Mapping[str, Fingerprint]
     plan: Plan
     decisions: tuple[Decision, ...]
+    compared: Comparison
 
     @classmethod
     def read(cls, path: Path, settings: Settings) -> Found:
@@ -56,7 +59,7 @@ class Found:
             pinned=settings.pinned,
             memory_gb=settings.data.memory_gb,
         )
-        return cls(merged, sites, plan, tuple(decisions))
+        return cls(merged, sites, plan, tuple(decisions), compare(sites))
 
     def write(self, path: Path) -> None:
         """`fingerprint.json`, and the plan as an experiment: `experiment/auto.yaml`."""
@@ -65,6 +68,7 @@ class Found:
             "merged": _plain(self.merged),
             "sites": {name: _plain(one) for name, one in sorted(self.sites.items())},
             "rules": as_json(self.decisions),
+            **self.compared.as_json(),
         }
         write_atomic(path / "fingerprint.json", json.dumps(tree, sort_keys=True).encode())
         (path / "experiment").mkdir(exist_ok=True)
@@ -83,6 +87,17 @@ def _plain(one: Fingerprint) -> dict[str, object]:
     return found
 
 
+def reopen(path: Path) -> Found:
+    """What a finished fingerprint run found, simulated or deployed; its files are written again.
+
+    Raises:
+        Stop: (`NO_RUN`).
+    """
+    found = Found.read(path, RunFolder.open(path).settings)
+    found.write(path)
+    return found
+
+
 def question(settings: Settings) -> Settings:
     """The settings of the fingerprint run that goes before a training run."""
     rules = settings.plan.federation.model_copy(update={"rounds": 1, "cohort": 0})
@@ -92,8 +107,8 @@ def question(settings: Settings) -> Settings:
     return settings.model_copy(update={"plan": plan, "baselines": ()})
 
 
-def fingerprint(settings: Settings) -> Path:
-    """Ask simulated sites for their fingerprints; returns the run's directory.
+def fingerprint(settings: Settings) -> tuple[Found, Path]:
+    """Ask simulated sites for their fingerprints; returns what was found, and the run's directory.
 
     Raises:
         Stop: with the reason and its exit code.
@@ -103,8 +118,8 @@ def fingerprint(settings: Settings) -> Path:
     path = Path(settings.run.dir).absolute()
     if path.exists():
         raise Stop(Exit.RUN_EXISTS, f"run.dir {path} exists; choose another")
-    _ask(Federation.of(settings.data, settings.plan), settings, path)
-    return path
+    Study.of(settings.plan)  # every name and parameter, before anything is written
+    return _ask(Federation.of(settings.data, settings.plan), settings, path), path
 
 
 def _ask(federation: Federation, settings: Settings, path: Path) -> Found:
@@ -124,6 +139,8 @@ def planned(federation: Federation, settings: Settings) -> Iterator[tuple[Settin
         found = _ask(federation, settings, path)
         for one in found.decisions:
             note(f"{one.setting} = {one.value}: {one.reason}")
+        for odd in found.compared.findings:
+            note(f"site {odd.site} looks wrong: {odd.what}. {odd.advice}")
         yield settings.model_copy(update={"plan": found.plan}), path
 
 

@@ -55,6 +55,14 @@ class RunFolder:
             write_atomic(path / "run.json", json.dumps(run).encode())
         return made
 
+    @staticmethod
+    def asks_only(path: Path) -> bool:
+        """Whether the run in a folder is a fingerprint, which has no scores to show."""
+        try:
+            return bool(json.loads((path / "plan.json").read_bytes())["strategy"]["name"] == "fingerprint")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # whoever opens it will say what is wrong
+
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """Open what `create` made.

@@ -206,6 +206,23 @@ class Strategy:
             return Spec({"statistics/sum": ((size,), torch.float64)}, 1, 0.0)
         raise Refused("stage", stage)
 
+    def stages(self, study: Study) -> dict[str, int]:
+        """What a run asks each site, and how often at most (`train` stands for all of its details)."""
+        rounds, every = study.plan.federation.rounds, study.plan.federation.evaluate_every
+        models = ("federated", *(("personal",) if self.personalises else ()), *study.task.trivial())
+        often = rounds // every + 1 if every else 1
+        return {
+            "train": rounds,
+            **{f"trivial/{name}": 1 for name in study.task.trivial()},
+            **{
+                f"evaluate/{name}/{split}": often
+                if split == "val" and name in ("federated", "personal")
+                else 1
+                for name in models
+                for split in ("val", "test")
+            },
+        }
+
     # ---- the coordinator's half
 
     def start(self, study: Study, sites: tuple[str, ...]) -> Tree:

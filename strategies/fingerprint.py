@@ -37,6 +37,9 @@ class Fingerprinting(Strategy):
         # whole numbers below 2^33 (131,072 patients of intensities) leave the ring exactly as they came
         return Spec({_NAME: ((size,), torch.float64)}, 1, 2.0**33)
 
+    def stages(self, study: Study) -> dict[str, int]:
+        return {"fingerprint": 1}
+
     def fold(self) -> Fold:
         return Collect() if self.per_site else super().fold()
 

@@ -90,7 +90,7 @@ CELLS: dict[str, Cells] = {
     "axes": Cells("linear", 2, 3, 1),
     "channels": Cells("linear", 1, 8, 1),
     "units": Cells("linear", 0, len(UNITS), 1),
-    "spacing": Cells("log", -7 * 24, 7 * 24, 24),
+    "spacing": Cells("log", -12 * 24, 12 * 24, 24),
     "shape": Cells("log", 0, 13 * 24, 24),
     "intensity": Cells("symlog", -34 * 16, 34 * 16, 16),
     "foreground": Cells("symlog", -34 * 16, 34 * 16, 16),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import nibabel
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -199,7 +200,8 @@ def test_real_volumes_are_described_as_nibabel_has_them(real: Callable[[str], Pa
     names = sorted(path.name for path in (root / "image").glob("*.nii.gz"))[:9]
     people, shapes, volumes = [], [], []
     for name in names:
-        image, mask = nibabel.load(root / "image" / name), nibabel.load(root / "label" / name)  # type: ignore[attr-defined]
+        image: Any = nib.load(root / "image" / name)
+        mask: Any = nib.load(root / "label" / name)
         values, classes = np.asarray(image.dataobj, np.float32), np.asarray(mask.dataobj, np.uint8)
         zooms = tuple(float(z) for z in image.header.get_zooms())
         images, masks = {"image": torch.tensor(values)[None]}, {"mask": torch.tensor(classes)}
