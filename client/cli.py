@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from client.commands.audit import audit
+from client.commands.doctor import doctor
 from client.commands.export_deid import export_deid
 from client.commands.forget import forget
 from client.commands.ingest import ingest
@@ -36,6 +37,7 @@ def options(
 # whatever is heavy is imported inside the command, so that help stays fast
 app.command()(init)
 app.command()(ingest)
+app.command()(doctor)
 app.command()(forget)
 app.command()(audit)
 app.command()(release)

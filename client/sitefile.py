@@ -61,13 +61,21 @@ class SiteData(Frozen):
         return self
 
 
+class Coordinator(Frozen):
+    """Who coordinates: `host:port` of SuperLink, the certificates to trust (PEM), this node's private key."""
+
+    address: str = Field(pattern=r"^[A-Za-z0-9.-]+:[0-9]{1,5}$")
+    authority: Path
+    key: Path | None = None
+
+
 class SiteFile(Frozen):
     """A site's name, data, rules and places. Relative paths count from the file's own folder.
 
     Attributes:
         cache: what `wardround-site ingest` made. state: plans, replies, private states, incidents.
         key: names patients. audit: log of decisions. socket: where the trainer listens.
-        pacs: the archive that `ingest --pacs` asks.
+        pacs: the archive that `ingest --pacs` asks. coordinator: what `doctor` tries to reach.
     """
 
     name: SiteName
@@ -80,6 +88,7 @@ class SiteFile(Frozen):
     device: str = "auto"
     policy: Policy = Policy()
     pacs: Pacs | None = None
+    coordinator: Coordinator | None = None
     val_fraction: float = Field(0.1, ge=0, lt=1)
     test_fraction: float = Field(0.2, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
@@ -102,6 +111,9 @@ class SiteFile(Frozen):
         places: dict[str, Any] = {n: here / getattr(read, n) for n in names}
         if read.pacs is not None:
             places["pacs"] = read.pacs.placed(here)
+        if (peer := read.coordinator) is not None:
+            kept = {"authority": here / peer.authority, "key": peer.key and here / peer.key}
+            places["coordinator"] = peer.model_copy(update=kept)
         root = read.data.root and here / read.data.root
         return read.model_copy(update={**places, "data": read.data.model_copy(update={"root": root})})
 

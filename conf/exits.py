@@ -37,6 +37,8 @@ class Exit(IntEnum):
     PACS_AUTH = 52
     PACS_PARTLY = 53
     PACS_EMPTY = 54
+    WARNING = 60
+    PROBLEM = 61
     INTERRUPTED = 130
 
 
@@ -68,6 +70,8 @@ HELP: dict[Exit, str] = {
     Exit.PACS_AUTH: "the archive wants other credentials, or a certificate is not trusted",
     Exit.PACS_PARTLY: "the archive did not give some instances; the others are kept: pull again for them",
     Exit.PACS_EMPTY: "nothing in the archive matches the query",
+    Exit.WARNING: "doctor has warnings and no problem; each line says what to do",
+    Exit.PROBLEM: "doctor found a problem that will make this site fail; its line says what to do",
     Exit.INTERRUPTED: "interrupted; wardround resume continues the run",
 }
 

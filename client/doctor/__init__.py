@@ -1,0 +1,1 @@
+"""What could keep a site from working, each with what to do about it."""
