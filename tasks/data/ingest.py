@@ -160,6 +160,10 @@ def _discover(
         with_masks = columns.label is not None
         found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)
         series = from_series(root, files, with_masks=with_masks, released=released, workers=workers)
+        if columns.attribute:
+            from tasks.data.attribute import with_class
+
+            series = with_class(series, columns.attribute)
         found = site_folders(found + series)
     return sorted(found, key=lambda f: f.source)
 

@@ -49,7 +49,7 @@ def draw_structures(structures: Dataset, name: str, canvas: Canvas) -> None:
     to_index = np.linalg.inv(canvas.grid.affine)
     for region in structures.StructureSetROISequence:
         number, roi = int(region.ROINumber), str(region.get("ROIName") or "").strip()
-        shown = f"{roi} (ROI {number})" if roi else f"ROI {number}"
+        shown = roi or f"ROI {number}"
         drawn = (contours[number].get("ContourSequence") if number in contours else None) or []
         if drawn and all(c.get("ContourGeometricType") == "POINT" for c in drawn):
             continue  # a marker, such as an isocentre, is no region

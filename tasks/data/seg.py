@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.pixels.utils import iter_pixels
 
 from tasks.data.labels import Canvas
 from tasks.data.source import Array, Faulty, Grid, LabelMap, Naming, Reason, reading
@@ -50,10 +52,9 @@ def draw_seg(seg: Dataset, name: str, canvas: Canvas) -> None:
     if frame and canvas.grid.frame and frame != canvas.grid.frame:
         raise Faulty(Reason.FRAME, f"{name} lies in another frame of reference (0020,0052) than the image")
     known = {int(s.SegmentNumber): canvas.class_of(name, _shown(s), *_names(s)) for s in _segments(seg, kind)}
-    frames = seg.pixel_array.reshape(-1, rows, columns)
     shared = (seg.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     to_index = np.linalg.inv(canvas.grid.affine)
-    for values, own in zip(frames, seg.PerFrameFunctionalGroupsSequence, strict=True):
+    for values, own in zip(_frames(seg), seg.PerFrameFunctionalGroupsSequence, strict=True):
         at = _slice_of(own, shared, to_index, canvas.grid.shape)
         if kind == "LABELMAP":
             _draw_numbers(values, at, known, _backgrounds(seg), canvas, name)
@@ -64,6 +65,14 @@ def draw_seg(seg: Dataset, name: str, canvas: Canvas) -> None:
         value = known[number]
         if value is not None:
             canvas.paint(at, _belongs(values, seg, kind, canvas), value)
+
+
+def _frames(seg: Dataset) -> Iterable[Array]:
+    """The frames one at a time: unpacked, a segmentation of many organs is larger than memory."""
+    if seg.BitsAllocated == 1 and seg.Rows * seg.Columns % 8:  # pydicom cuts frames at whole bytes only
+        whole: Array = seg.pixel_array.reshape(-1, seg.Rows, seg.Columns)
+        return whole
+    return iter_pixels(seg)
 
 
 def _belongs(values: Array, seg: Dataset, kind: str, canvas: Canvas) -> Array:
@@ -99,7 +108,7 @@ def _segments(seg: Dataset, kind: str) -> list[Dataset]:
 
 def _shown(segment: Dataset) -> str:
     label = str(segment.get("SegmentLabel") or "").strip()
-    return f"{label} (segment {segment.SegmentNumber})" if label else f"segment {segment.SegmentNumber}"
+    return label or f"segment {segment.SegmentNumber}"
 
 
 def _names(segment: Dataset) -> list[int | str]:

@@ -88,6 +88,10 @@ class Naming:
     threshold: float = 0.5
     annotates: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.known is not None:
+            object.__setattr__(self, "known", {folded(k): v for k, v in self.known.items()})
+
     @classmethod
     def of(cls, label_map: LabelMap) -> Naming:
         """The same for a plain map, `nonzero` or None."""
@@ -95,7 +99,7 @@ class Naming:
             return label_map
         if label_map is None or label_map == "nonzero":
             return cls(nonzero=label_map is not None)
-        return cls({folded(k): v for k, v in label_map.items()})
+        return cls(dict(label_map.items()))
 
     def find(self, *names: int | str) -> int | None:
         """The class of the first of `names` that has one."""

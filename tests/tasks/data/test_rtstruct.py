@@ -96,9 +96,9 @@ def test_regions_overlap_by_class_and_markers_are_no_regions(tmp_path: Path) -> 
     regions = {"tumour": [(1.0, HOLE)], "liver": [(1.0, HALF)]}
     out = drawn(write(tmp_path / "a.dcm", regions), {"tumour": 2, "liver": 1})
     assert (out.mask[2, 2, 1], (out.mask == 1).sum()) == (2, 11)
-    with pytest.raises(Faulty, match=r"not mapped: liver \(ROI 2\); accepted tumour"):
+    with pytest.raises(Faulty, match=r"not mapped: liver; accepted tumour"):
         drawn(tmp_path / "a.dcm", {"tumour": 2})
-    assert drawn(tmp_path / "a.dcm", Naming({"tumour": 2}, ignore=True)).unmapped == ("liver (ROI 2)",)
+    assert drawn(tmp_path / "a.dcm", Naming({"tumour": 2}, ignore=True)).unmapped == ("liver",)
     marker = write(tmp_path / "b.dcm", {"isocentre": [(1.3, [(0.0, 0.0)])]}, kind="POINT")
     assert not drawn(marker, {"liver": 1}).mask.any()
 

@@ -13,7 +13,11 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from conf.exits import Stop
+from conf.schema import Columns
+from tasks.data.cache import Cache
 from tasks.data.drawn import read_masks
+from tasks.data.ingest import Report
 from tasks.data.labels import Drawn
 from tasks.data.source import Faulty, Grid, LabelMap, Naming, Reason
 
@@ -133,11 +137,11 @@ def test_several_objects_become_one_mask_unless_two_draw_one_class(tmp_path: Pat
 
 def test_what_is_not_mapped_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "s.dcm", one(segments=2))
-    with pytest.raises(Faulty, match=r"not mapped: tumour \(segment 2\); accepted liver") as caught:
+    with pytest.raises(Faulty, match=r"not mapped: tumour; accepted liver") as caught:
         drawn({"liver": 1}, path)
-    assert (caught.value.reason, caught.value.unmapped) == (Reason.LABEL, ("tumour (segment 2)",))
+    assert (caught.value.reason, caught.value.unmapped) == (Reason.LABEL, ("tumour",))
     out = drawn(Naming({"liver": 1}, ignore=True), path)
-    assert (out.mask.max(), out.unmapped) == (1, ("tumour (segment 2)",))
+    assert (out.mask.max(), out.unmapped) == (1, ("tumour",))
     assert drawn("nonzero", path).mask.max() == 1
 
 
@@ -216,3 +220,25 @@ def test_the_zoo_s_overlaps(real: Callable[[str], Path]) -> None:
     out = read_masks([folder / "partial_overlaps.dcm"], zoo_grid(folder), names)
     assert out.notes == ("segments overlap: the higher class was kept",)
     assert set(np.unique(out.mask)) <= {0, *names.values()}
+
+
+def test_a_class_may_stand_in_the_header(tmp_path: Path, run: Callable[..., tuple[Report, Cache]]) -> None:
+    for folder, part in (("a", "CHEST"), ("b", "ABDOMEN"), ("c", ""), ("d", "12345")):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for i, ds in enumerate(slices()):
+            ds.PatientID, ds.BodyPartExamined = folder, part
+            ds.PixelData = bytes(np.full(ROWS * COLUMNS, ord(folder), np.uint16))
+            ds.save_as(tmp_path / "data" / folder / f"{i}.dcm", enforce_file_format=True)
+    columns = Columns(label=None, attribute="BodyPartExamined")
+    report, cache = run(tmp_path / "data", None, columns, {"chest": 0, "abdomen": 1})
+    assert {e.source: dict(cache.load(e).labels) for e in cache.entries} == {
+        "a": {"label": 0.0},
+        "b": {"label": 1.0},
+        "c": {},
+    }
+    # a number is no class of its own: it might be an identifier
+    assert [(r.source, r.detail) for r in report.refused] == [
+        ("d", "BodyPartExamined is '12345'; accepted abdomen, chest (data.label_map)")
+    ]
+    with pytest.raises(Stop, match="attribute is Nonsense; need a keyword of DICOM"):
+        run(tmp_path / "data", None, Columns(label=None, attribute="Nonsense"))
