@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from conf.exits import Exit, Stop
 from conf.schema import Columns
 from tasks.data import arrays, images, nifti, tables
+from tasks.data.aside import read_aside
 from tasks.data.source import Faulty, Found, LabelMap, Naming, Raw, Reason
 
 _SPLITS = {
@@ -204,9 +205,9 @@ def _refused(root: Path, path: Path, reason: Reason, detail: str) -> Found:
 
 def _reader(image: Path, mask: Path | None, pages: str) -> Callable[[LabelMap], Raw]:
     if kind(image) == "nifti":
-        return partial(nifti.read_pair, image, mask)
+        return partial(read_aside, "nifti", image, mask, pages)
     if kind(image) == "image":
-        return partial(images.read_pair, image, mask, pages=pages)
+        return partial(read_aside, "image", image, mask, pages)
     raise Faulty(Reason.UNREADABLE, f"{image.name} has no known suffix; accepted {', '.join(SUFFIXES)}")
 
 

@@ -51,7 +51,6 @@ def guarded_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap, guard:
     Raises:
         Faulty: as `read_masks`, or the guard's.
     """
-    names = Naming.of(label_map)
     first, *others = sorted(paths)
     room = 3 * math.prod(grid.shape) + 6 * sum(path.stat().st_size for path in others)
     said, mask = guard.call(
@@ -60,7 +59,7 @@ def guarded_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap, guard:
         room=room,
         others=[str(path.absolute()) for path in others],
         grid={**asdict(grid), "affine": grid.affine.tolist()},
-        names={**asdict(names), "known": None if names.known is None else list(names.known.items())},
+        names=Naming.of(label_map).to_json(),
     )
     if mask is None or mask.dtype != np.uint8 or mask.shape != grid.shape:
         raise Faulty(Reason.UNREADABLE, f"{first.name}: its parser gave a mask of another form")
@@ -69,9 +68,7 @@ def guarded_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap, guard:
 
 def _drawn(path: Path, others: list[str], grid: dict[str, Any], names: dict[str, Any]) -> Iterator[Answer]:
     """Job: the mask, with what was unmapped and noted."""
-    known = None if names["known"] is None else dict(names["known"])
-    annotates = None if names["annotates"] is None else tuple(names["annotates"])
     where = Grid(np.array(grid["affine"]), tuple(grid["shape"]), grid["frame"], tuple(grid["slices"]))
-    naming = Naming(**{**names, "known": known, "annotates": annotates})
+    naming = Naming.from_json(names)
     drawn = read_masks([path, *map(Path, others)], where, naming)
     yield {"unmapped": drawn.unmapped, "notes": drawn.notes}, drawn.mask

@@ -233,6 +233,8 @@ class _Job:
             raw = case.read(self.label_map)
         except Faulty as fault:
             return Record(stamp, None, fault.reason, fault.detail, fault.unmapped, patient=patient)
+        except MemoryError:
+            return Record(stamp, None, Reason.LIMIT, "it does not fit into memory", patient=patient)
         digest = self.cache.put(raw)
         entry = Entry(
             key=digest[:16],

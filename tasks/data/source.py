@@ -121,6 +121,17 @@ class Naming:
         known = None if self.known is None else sorted((str(k), v) for k, v in self.known.items())
         return {**asdict(replace(self, known=None)), "known": known}
 
+    def to_json(self) -> dict[str, Any]:
+        """For another process; `from_json` is its inverse."""
+        return {**asdict(self), "known": None if self.known is None else list(self.known.items())}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Naming:
+        """What `to_json` gave."""
+        known = None if data["known"] is None else dict(data["known"])
+        annotates = None if data["annotates"] is None else tuple(data["annotates"])
+        return cls(**{**data, "known": known, "annotates": annotates})
+
 
 LabelMap = Names | Literal["nonzero"] | Naming | None
 
@@ -220,7 +231,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever a file makes its reader raise into `Faulty`."""
     try:
         yield
-    except Faulty:
+    except (Faulty, MemoryError):  # a guard has its own word for the second
         raise
     except Exception as error:  # a broken file makes format readers raise nearly anything
         raise Faulty(Reason.UNREADABLE, f"{path.name}: {type(error).__name__}: {error}") from error
