@@ -100,7 +100,7 @@ def _suv_factor(ds: Dataset) -> float | None:
     else:
         return None
     factor = weight_g / (dose * 2.0 ** (-waited_s / half_life_s))
-    sound = dose > 0 and half_life_s > 0 and weight_g > 0 and 0 <= waited_s < 86_400
+    sound = dose > 0 and half_life_s > 0 and weight_g > 0 and 0 <= waited_s < 20 * half_life_s
     return factor if sound and np.isfinite(factor) else None
 
 

@@ -362,7 +362,7 @@ def _positions(images: Sequence[Image]) -> Array:
 def _most_at_one_place(images: Sequence[Image]) -> int:
     """How many frames lie at the position that is taken most often."""
     positions = np.array([i.plane.position for i in images], dtype=float)
-    rounded = np.round(np.nan_to_num(positions) / SAME_MM).astype(np.int64, copy=False)
+    rounded = np.round(np.nan_to_num(positions).clip(-1e9, 1e9) / SAME_MM).astype(np.int64)
     return max(Counter(map(tuple, rounded.tolist())).values())
 
 
