@@ -41,11 +41,22 @@ def kind(path: PurePosixPath | Path) -> str | None:
     return "image" if name.endswith(images.SUFFIXES) else None
 
 
-def from_manifest(root: Path, name: str, columns: Columns, label_map: LabelMap = None) -> list[Found]:
+def from_manifest(
+    root: Path,
+    name: str,
+    columns: Columns,
+    label_map: LabelMap = None,
+    series: Callable[[list[Path]], list[Found]] = lambda _: [],
+) -> list[Found]:
     """One case per row; paths are relative to the root and stay below it.
+
+    An image may be a DICOM file, or a folder with one series.
 
     The label column holds mask files where every cell that is not empty ends in a known suffix; otherwise
     it holds classes, as the columns of `columns.labels` do.
+
+    Args:
+        series: finds the cases of DICOM files.
 
     Raises:
         Stop: (`CONFIG`) no such manifest, a column is missing (the message lists them), a class name is not
@@ -59,6 +70,7 @@ def from_manifest(root: Path, name: str, columns: Columns, label_map: LabelMap =
         classes[columns.label] = "label"
     names = Naming.of(label_map)
     tables.check_names(rows, list(classes), names)
+    volumes = _volumes(root, rows, columns, series)
     found: dict[str, Found] = {}
     for line, row in enumerate(rows, 2):
         case = Found(_named(row, columns, masks) or f"{name}:{line}", "", ())
@@ -66,7 +78,10 @@ def from_manifest(root: Path, name: str, columns: Columns, label_map: LabelMap =
             case = replace(case, patient=row[columns.patient] if columns.patient else case.source)
             cells = tables.read_cells(row, classes, columns, names)
             case = _placed(replace(case, cells=cells.texts), row, columns)
-            case = _filed(case, root, row, columns, masks, cells)
+            if columns.image and row[columns.image] in volumes:
+                case = _stacked(case, volumes[row[columns.image]], columns, masks, cells)
+            else:
+                case = _filed(case, root, row, columns, masks, cells)
         except Faulty as fault:
             case = replace(case, fault=fault)
         if case.source in found:
@@ -166,6 +181,37 @@ def _filed(
         raise Faulty(Reason.NO_MASK, f"mask {mask_source or '(empty)'} does not exist")
     read = partial(_with_cells, _reader(image, mask, columns.pages), cells)
     return replace(case, files=(image,) if mask is None else (image, mask), read=read)
+
+
+def _volumes(
+    root: Path, rows: Sequence[tables.Row], columns: Columns, series: Callable[[list[Path]], list[Found]]
+) -> dict[str, list[Found]]:
+    """What DICOM holds under each image cell that names a folder, or a file of no other kind."""
+    files: dict[str, list[Path]] = {}
+    for cell in {row[columns.image] for row in rows} if columns.image else ():
+        path = root / cell
+        if cell and kind(path) is None and path.resolve().is_relative_to(root.resolve()):
+            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files[cell] = [p for p in inside if p.is_file()]
+    found = series(sorted({p for paths in files.values() for p in paths})) if files else []
+    owner = {path: f for f in found for path in f.files}
+    held = {cell: {owner[p].source: owner[p] for p in paths if p in owner} for cell, paths in files.items()}
+    return {cell: list(cases.values()) for cell, cases in held.items() if cases}
+
+
+def _stacked(
+    case: Found, volumes: Sequence[Found], columns: Columns, masks: str | None, cells: tables.Cells
+) -> Found:
+    """The case of a DICOM series, with its cells."""
+    if len(volumes) > 1:
+        raise Faulty(Reason.SEVERAL_FILES, f"{len(volumes)} volumes or images; a row names one")
+    volume = volumes[0]
+    if masks:
+        raise Faulty(Reason.MASK_KIND, f"column {masks}: masks of DICOM are found by what they refer to")
+    if volume.fault is not None or volume.read is None:
+        raise volume.fault or Faulty(Reason.UNREADABLE, "nothing reads it")
+    patient = case.patient if columns.patient else volume.patient
+    return replace(case, patient=patient, files=volume.files, read=partial(_with_cells, volume.read, cells))
 
 
 def _with_cells(read: Callable[[LabelMap], Raw], cells: tables.Cells, label_map: LabelMap) -> Raw:

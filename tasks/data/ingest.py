@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from conf.exits import Exit, Stop
@@ -155,7 +156,8 @@ def _discover(
     from tasks.data.discover import from_folders, from_manifest, site_folders
 
     if manifest is not None:
-        found = from_manifest(root, manifest, columns, label_map)
+        series_of = partial(from_series, root, with_masks=False, released=released, workers=workers)
+        found = from_manifest(root, manifest, columns, label_map, series_of)
     else:
         with_masks = columns.label is not None
         found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)

@@ -148,3 +148,18 @@ def test_wrong_settings_stop_with_one_line(
     with pytest.raises(Stop, match=message):
         bring(real(name), ram / "cache", "data=manifest", *overrides)
     assert not (ram / "cache").exists()
+
+
+def test_structure_sets_come_in_with_their_series(real: Callable[[str], Path], ram: Path) -> None:
+    root = real("sts_rtstruct")
+    with (root / "manifest.csv").open(newline="") as file:
+        rows = {r["series"]: r for r in csv.DictReader(file)}
+    names = ",".join(f"{roi}:1" for roi in {r["roi"] for r in rows.values()})
+    report, cache = bring(root, ram / "cache", f"data.label_map={{{names}}}")
+    # the truths are NIfTI masks without an image of their name
+    assert {r.reason for r in report.refused} == {Reason.NO_IMAGE}
+    assert {e.source for e in cache.entries} == set(rows)
+    for entry in cache.entries:
+        row = rows[entry.source]
+        assert entry.shape == (1, int(row["columns"]), int(row["rows"]), int(row["slices"]))
+        assert int(cache.load(entry).masks["mask"].sum()) == int(row["truth_voxels"])

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,3 +140,36 @@ def test_a_column_of_empty_cells_is_masks_that_are_missing(tmp_path: Path, run: 
     pictures(root, 1)
     with pytest.raises(NothingKept, match="1 image without mask"):
         run(root, "manifest.csv")
+
+
+def test_a_row_may_name_a_dicom_series(real: Callable[[str], Path], tmp_path: Path, run: Run) -> None:
+    root = manifest(
+        tmp_path / "d",
+        "image,label\nseries,Sick\nseries/a.dcm,well\nboth,well\nnotes,well\nnotes/x.txt,well\n../out,well\n",
+    )
+    for folder, names in (
+        ("series", ("pt_ge_petctac",)),
+        ("both", ("mr_philips_achieva_epi", "ct_ge_petct_lowdose")),
+    ):
+        (root / folder).mkdir()
+        for name in names:
+            for path in (real("dicom_series") / name).iterdir():
+                shutil.copy(path, root / folder / f"{name}{path.name}")
+    (root / "notes").mkdir()
+    (root / "notes" / "x.txt").write_text("nothing")
+    report, cache = run(root, "manifest.csv", label_map={"well": 0, "sick": 1})
+    (entry,) = cache.entries
+    case = cache.load(entry)
+    assert (entry.source, entry.shape, case.units) == ("series", (1, 128, 128, 10), "SUVbw")
+    assert dict(case.labels) == {"label": 1.0}
+    assert {r.source: r.reason for r in report.refused} == {
+        "series/a.dcm": Reason.UNREADABLE,
+        "both": Reason.SEVERAL_FILES,
+        "notes": Reason.UNREADABLE,
+        "notes/x.txt": Reason.UNREADABLE,
+        "../out": Reason.UNREADABLE,
+    }
+    masked = manifest(tmp_path / "d", "image,label\nseries,m.png\n")
+    pictures(masked, 1)
+    with pytest.raises(NothingKept, match="1 unsupported mask"):
+        run(masked, "manifest.csv")
