@@ -19,6 +19,7 @@ from pathlib import Path
 from client.door import Door, Given
 from client.fleet import Fleet, Gone, Letter, read_key
 from client.telemetry import Meter
+from conf.console import ended
 from conf.exits import Exit, Stop
 from strategies.letter import Answer, Call, Unreadable
 
@@ -119,4 +120,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

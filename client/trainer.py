@@ -29,8 +29,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from client.door import SERVICE, Given, frame, unframe
 from client.train import Bench
+from conf.console import ended
 from conf.exits import Exit, Stop
-from strategies.letter import Answer, Call, Unreadable
+from strategies.letter import Answer, Call, Unreadable, run_key
 from strategies.protocol import Failure, Instruction, Refused, Reply, Tree, digest, pack, unpack
 from tasks.start import HEAVY, without_plots
 
@@ -55,9 +56,16 @@ class Handler(Protocol):
 class _Job:
     key: str
     call: Call | None  # until it is started
+    run: str = ""
+    """`run_key` of the run it belongs to."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     given: Given | None = None
+
+    @property
+    def dropped(self) -> bool:
+        """It was cancelled, and is over: whoever asks again wants it done after all."""
+        return self.cancelled.is_set() and self.ended.is_set()
 
 
 class Trainer:
@@ -85,17 +93,19 @@ class Trainer:
         """Start, join or cancel a job, and wait for its end as long as the call does."""
         with self._change:
             job = self._jobs.get(call.key)
-            if job is None and call.operation == "train":
+            if call.operation == "cancel":
+                for other in self._jobs.values():
+                    if call.key in (other.key, other.run) and not other.ended.is_set():
+                        other.cancelled.set()
+            if call.operation == "train" and (job is None or job.dropped):
                 if hashlib.sha256(call.instruction).hexdigest() != call.key:
                     return Given(Answer("payload", call.key))
                 if sum(not other.ended.is_set() for other in self._jobs.values()) >= _ROOM:
                     return Given(Answer("busy", call.key))
-                job = self._jobs[call.key] = _Job(call.key, call)
+                job = self._jobs[call.key] = _Job(call.key, call, _run_of(call))
                 self._change.notify_all()
         if job is None:
             return Given(Answer("unknown", call.key))
-        if call.operation == "cancel":
-            job.cancelled.set()
         job.ended.wait(min(call.wait_s, _LONGEST_S))
         return job.given or Given(Answer("pending", call.key))
 
@@ -151,6 +161,13 @@ class Trainer:
     def _halt(self) -> None:
         if self._now is not None and self._now.cancelled.is_set():
             raise Refused("cancelled")
+
+
+def _run_of(call: Call) -> str:
+    try:
+        return run_key(Instruction.from_tree(unpack(call.instruction)).run)
+    except Refused:
+        return ""  # whoever takes up the job will find the same
 
 
 def _warm_up(bench: Bench) -> None:
@@ -260,4 +277,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

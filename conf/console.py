@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import typer
@@ -56,6 +56,17 @@ def code(app: typer.Typer, argv: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         return _say(Exit.INTERNAL, f"{type(error).__name__}: {error} ({HELP[Exit.INTERNAL]})")
+
+
+def ended(main: Callable[[], object]) -> NoReturn:
+    """Run a process that has its own arguments, and exit with its code; a `Stop` becomes one line."""
+    try:
+        main()
+    except Stop as stop:
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exc()
+        sys.exit(_say(stop.exit, str(stop)))
+    sys.exit(0)
 
 
 def exit_codes() -> str:

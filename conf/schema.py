@@ -221,6 +221,9 @@ class Runtime(Frozen):
     device: str = "auto"
 
 
+Baseline = Literal["pooled", "local", "trivial"]
+
+
 class Settings(Frozen):
     """A simulation: the plan, and what only the one who runs it needs."""
 
@@ -228,7 +231,7 @@ class Settings(Frozen):
     data: Data
     run: Run = Run()
     runtime: Runtime = Runtime()
-    baselines: tuple[Literal["pooled", "local", "trivial"], ...] = ("trivial",)
+    baselines: tuple[Baseline, ...] = ("trivial",)
     pinned: tuple[str, ...] = Field(
         (), description="settings that data.plan=auto leaves as they are: those of the command line"
     )

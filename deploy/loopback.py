@@ -28,7 +28,7 @@ from typing import Self
 import httpx
 
 from conf.exits import Exit, Stop
-from conf.schema import Plan
+from conf.schema import Baseline, Plan
 from deploy.keys import authority, node, secret
 from server.control import Control, bundle, control
 from server.runfolder import prepare
@@ -257,9 +257,9 @@ class Loopback:
                 )
             time.sleep(pause_s)
 
-    def submit(self, name: str, plan: Plan, sites: Sequence[str] | None = None) -> int:
+    def submit(self, name: str, plan: Plan, baselines: Sequence[Baseline] = ()) -> int:
         """Start a run of a plan; returns Flower's number of it."""
-        prepare(self.folder / "runs" / name, plan, list(sites or self.sites))
+        prepare(self.folder / "runs" / name, plan, self.sites, baselines)
         with self.control() as superlink:
             return superlink.start(self.bundle, {"run": name})
 

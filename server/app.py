@@ -16,4 +16,4 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the directory that the run's settings name, below `WARDROUND_RUNS`."""
     sites = json.loads(Path(os.environ["WARDROUND_SITES"]).read_text())
-    Coordinator(Path(os.environ["WARDROUND_RUNS"]), sites).conduct(grid, str(context.run_config["run"]))
+    Coordinator(Path(os.environ["WARDROUND_RUNS"]), sites).take(grid, context.run_config)

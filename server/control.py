@@ -41,6 +41,23 @@ def control(address: str, certificates: bytes) -> Iterator[Control]:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One of Flower's runs: its number, the directory that it is for, and how it stands.
+
+    Attributes:
+        status: pending, starting, running or finished. sub_status, details: how it finished.
+        cancels: it was only started to end the work of another.
+    """
+
+    id: int
+    name: str
+    status: str
+    sub_status: str
+    details: str
+    cancels: bool
+
+
+@dataclass(frozen=True)
 class Control:
     """What an operator does at SuperLink."""
 
@@ -65,6 +82,21 @@ class Control:
         """Status, sub-status and detail of a run."""
         (found,) = self.client.ListRuns(ListRunsRequest(run_id=run)).run_dict.values()
         return found.status.status, found.status.sub_status, found.status.details
+
+    def runs(self) -> list[Entry]:
+        """The newest thousand runs, oldest first."""
+        found = self.client.ListRuns(ListRunsRequest(limit=1000)).run_dict.values()
+        return [
+            Entry(
+                run.run_id,
+                run.override_config["run"].string if "run" in run.override_config else "",
+                run.status.status,
+                run.status.sub_status,
+                run.status.details,
+                "cancel" in run.override_config,
+            )
+            for run in sorted(found, key=lambda run: run.pending_at)
+        ]
 
     def stop(self, run: int) -> None:
         """Stop a run."""
@@ -92,6 +124,7 @@ clientapp = "client.app:app"
 
 [tool.flwr.app.config]
 run = ""
+cancel = ""
 """
 
 

@@ -7,11 +7,13 @@ same round: sites answer again what they have already answered.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -19,11 +21,13 @@ from pathlib import Path
 import torch
 from flwr.serverapp import Grid
 
+from conf.console import ended
 from conf.exits import Exit, Stop
-from conf.schema import Plan
-from server.exchange.flower import FlowerExchange
+from server.exchange.flower import Courier, FlowerExchange
 from server.link import Link, Post
+from server.recovery import CANCEL, settle
 from server.rounds import Run
+from server.runfolder import RunFolder
 from server.telemetry import Meter
 from strategies import build_strategy
 from strategies.base import Study
@@ -50,27 +54,49 @@ class Coordinator:
     lost_after_s: float = 300.0
     meter: Meter = field(default_factory=Meter)
 
-    def conduct(self, grid: Grid, name: str) -> None:
-        """Run the named run directory to its end.
+    def take(self, grid: Grid, settings: Mapping[str, object]) -> None:
+        """Do what a Flower run was started for, and write down how the run directory ends.
 
         Raises:
             Stop: with the reason and its exit code.
         """
+        name = str(settings.get("run", ""))
         if not _NAME.fullmatch(name):
             raise Stop(Exit.NO_RUN, f"run is {name!r}; need the name of a directory in {self.runs}")
-        path = self.runs / name
-        try:
-            plan = Plan.model_validate_json((path / "plan.json").read_bytes())
-            about = json.loads((path / "run.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise Stop(Exit.NO_RUN, f"{path} is not a run directory ({type(error).__name__})") from None
-        if unknown := sorted(set(about["sites"]) - set(self.sites)):
+        folder = RunFolder.open(self.runs / name)
+        if unknown := sorted(set(folder.sites) - set(self.sites)):
             raise Stop(Exit.CONFIG, f"run {name} names site {unknown[0]}; known: {', '.join(self.sites)}")
+        post = Post(grid, {site: self.sites[site] for site in folder.sites})
+        if settings.get(CANCEL):
+            post.end(folder.id)
+            return
+        said = Exit.INTERNAL.name
+        try:
+            self.conduct(post, folder)
+            said = "completed"
+        except Stop as stop:
+            said = stop.exit.name
+            raise
+        except Exception:
+            raise
+        except BaseException:  # told to go, or the task was lost: the run is not at its end
+            said = ""
+            raise
+        finally:
+            if said:
+                folder.end(said)
+
+    def conduct(self, courier: Courier, folder: RunFolder) -> None:
+        """Train to the end, then score what the model is held against.
+
+        Raises:
+            Stop: with the reason and its exit code.
+        """
+        plan = folder.settings.plan
         torch.set_num_threads(1)
-        keys = {site: self.sites[site] for site in about["sites"]}
         exchange = FlowerExchange(
-            Post(grid, keys),
-            blobs=path / "blobs",
+            courier,
+            blobs=folder.path / "blobs",
             wait_s=self.wait_s,
             lost_after_s=self.lost_after_s,
             meter=self.meter,
@@ -83,16 +109,36 @@ class Coordinator:
         run = Run(
             study=Study.of(plan),
             strategy=build_strategy(plan),
-            sites=sorted(keys),
+            sites=sorted(folder.sites),
             exchange=exchange,
-            folder=path,
-            id=about["id"],
+            folder=folder.path,
+            id=folder.id,
             code=code_digest(),
+            keep=folder.settings.run.keep,
             watch=watch,
         )
         for warning in run.warnings:
             log.warning("%s", warning)
         run.train()
+        for name in run.study.task.trivial() if "trivial" in folder.settings.baselines else ():
+            if not run.metrics.has(run.rounds, name):
+                run.metrics.add(run.trivial(name, ("val", "test")))
+
+
+@contextmanager
+def _alone(runs: Path) -> Iterator[None]:
+    """One coordinator for a folder of runs: a task that this one does not hold is nobody's.
+
+    Raises:
+        Stop: (`LINK`) there is another.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / ".coordinator.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Stop(Exit.LINK, f"another coordinator works in {runs}; stop it first") from None
+        yield
 
 
 def main(arguments: list[str] | None = None, preload: Sequence[str] = HEAVY) -> None:
@@ -120,16 +166,20 @@ def main(arguments: list[str] | None = None, preload: Sequence[str] = HEAVY) -> 
     without_plots()
     heavy = threading.Thread(target=lambda: [import_module(name) for name in preload], daemon=True)
     heavy.start()  # while SuperLink and the sites come up
-    while True:
-        try:
-            with link.task(asked.token) as (grid, settings):
-                heavy.join()
-                coordinator.conduct(grid, str(settings.get("run", "")))
-        except Stop as stop:
-            if stop.exit is Exit.LINK:
-                raise
-            log.error("%s", stop)
+    with _alone(asked.runs):
+        while True:
+            try:
+                with link.task(asked.token, lambda superlink: settle(superlink, asked.runs)) as (
+                    grid,
+                    settings,
+                ):
+                    heavy.join()
+                    coordinator.take(grid, settings)
+            except Stop as stop:
+                if stop.exit is Exit.LINK:
+                    raise
+                log.error("error %d (%s): %s", stop.exit, stop.exit.name, stop)
 
 
 if __name__ == "__main__":
-    main()
+    ended(main)

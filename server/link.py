@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from flwr.proto.runtime_pb2 import (
     PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
 )
 from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
@@ -48,8 +50,9 @@ from flwr.superlink.grid import HttpGrid
 
 from conf.exits import Exit, Stop
 from conf.files import sync_folder
+from server.control import Control, control
 from server.exchange.flower import Courier, Node
-from strategies.letter import Answer, Call, Unreadable
+from strategies.letter import Answer, Call, Unreadable, run_key
 
 FLOWER = "1.41.0"
 if version("flwr") != FLOWER:
@@ -57,6 +60,8 @@ if version("flwr") != FLOWER:
 
 # between tries while SuperLink is away; Flower waits up to 20 s
 http_retry.__dict__["MAX_RETRY_DELAY"] = 3
+
+_AWAY = (502, 503, 504)
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +101,15 @@ class Post(Courier):
             messages.append(Message(content, dst_node_id=node, message_type="train", group_id=group))
         ids = self._grid.push_messages(messages)
         return {id: node for id, node in zip(ids, nodes, strict=False) if id}
+
+    def end(self, run: str, wait_s: float = 10.0) -> None:
+        """Tell every site that is online to end its work for the run of this id."""
+        call = Call("cancel", run_key(run))
+        out = set(self.send({node.id: call for node in self.nodes().values()}, "cancel"))
+        until = time.monotonic() + wait_s
+        while out and time.monotonic() < until:
+            out -= {letter for letter, _ in self.ready(out)}
+            time.sleep(0.15)
 
     def ready(self, ids: Iterable[str]) -> Iterator[tuple[str, Answer | None]]:
         """Answers that are there, their objects fetched one answer at a time; None for one that is lost."""
@@ -141,26 +155,27 @@ class Link:
     secret: bytes = b""
 
     @contextmanager
-    def task(self, token: Path, pause_s: float = 0.5) -> Iterator[tuple[Grid, dict[str, object]]]:
+    def task(
+        self, token: Path, settle: Callable[[Control], None] = lambda _: None, pause_s: float = 0.5
+    ) -> Iterator[tuple[Grid, dict[str, object]]]:
         """Take a run's ServerApp task, or go on with the one whose token is kept: its grid and settings.
 
         The token is a file that only its owner can read. Whoever comes back with it within the task's
         lease (60 s) continues the same run; it is removed when the task is over.
+
+        Args:
+            settle: called before another task is taken.
         """
-        kept = _kept(token)
-        grid = HttpGrid(self.address, False, self.certificates, token=kept["token"]) if kept else None
-        if grid is not None and not self._valid(grid):
-            log.warning("the kept task is over; waiting for another")
-            grid.close()
-            token.unlink()
-            kept, grid = None, None
-        if kept is None or grid is None:
-            kept, grid = self._acquire(token, pause_s)
+        held = self._held(token)
+        if held is None:
+            self._settle(settle, pause_s)
+            held = self._acquire(token, pause_s)
+        kept, grid = held
         run = run_from_proto(RunProto.FromString(bytes.fromhex(kept["run"])))
         grid.set_run(run)
         # Flower's Message() asks for these
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run.run_id, 1, int(kept["task"])
-        beat = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+        beat = HeartbeatSender(partial(_beat, grid))
         beat.start()
         status, detail = SubStatus.FAILED, "interrupted"
         over = True
@@ -179,13 +194,14 @@ class Link:
             over = False  # told to go: whoever comes back continues
             raise
         finally:
+            if beat.is_running:
+                beat.stop()
             if over:
                 if status:
                     request = PushTaskOutputRequest(sub_status=status, details=detail)
-                    grid._runtime_client.PushTaskOutput(request)
+                    with suppress(RunNotRunningException):
+                        grid._runtime_client.PushTaskOutput(request)
                 token.unlink(missing_ok=True)
-            if beat.is_running:
-                beat.stop()
             grid.close()
 
     def _acquire(self, token: Path, pause_s: float) -> tuple[dict[str, str], HttpGrid]:
@@ -212,28 +228,66 @@ class Link:
                 time.sleep(pause_s)
         finally:
             client.close()
-        grid = HttpGrid(self.address, False, self.certificates, token=given)
-        task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
-        kept = {"token": given, "run": task.run.SerializeToString().hex(), "task": str(task.task_id)}
-        _keep(token, kept)
-        return kept, grid
+        _keep(token, {"token": given})  # before the task counts as running: from then on it can be lost
+        held = self._held(token)
+        if held is None:
+            raise Stop(Exit.LINK, "SuperLink gave a task and took it back; start again")
+        return held
 
-    @staticmethod
-    def _valid(grid: HttpGrid) -> bool:
-        """Whether SuperLink still takes the task's token. (Flower's own client would end the process.)"""
-        invoker = grid._retry_invoker
-        give_up, invoker.should_giveup = invoker.should_giveup, _unless_away
+    def _held(self, token: Path) -> tuple[dict[str, str], HttpGrid] | None:
+        """The task whose token is kept, if SuperLink still takes it."""
+        kept = _kept(token)
+        if kept is None:
+            return None
+        grid = HttpGrid(self.address, False, self.certificates, token=kept["token"])
+        # Flower's own would end this process with a signal when its task is over
+        grid._retry_invoker.should_giveup = _is_over
         try:
-            list(grid.get_nodes())
+            if "run" in kept:
+                list(grid.get_nodes())
+            else:
+                task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+                kept |= {"run": task.run.SerializeToString().hex(), "task": str(task.task_id)}
+                _keep(token, kept)
+            return kept, grid
         except (httpx.HTTPStatusError, RunNotRunningException):
-            return False
-        finally:
-            invoker.should_giveup = give_up
-        return True
+            log.warning("the kept task is over; waiting for another")
+        grid.close()
+        token.unlink()
+        return None
+
+    def _settle(self, settle: Callable[[Control], None], pause_s: float) -> None:
+        with control(self.address, self.certificates) as superlink:
+            while True:
+                try:
+                    return settle(superlink)
+                except httpx.TransportError:
+                    log.info("SuperLink is away")
+                except httpx.HTTPStatusError as error:
+                    status = error.response.status_code
+                    if status not in _AWAY:
+                        raise Stop(Exit.LINK, f"SuperLink refuses the coordinator (HTTP {status})") from None
+                time.sleep(pause_s)
 
 
-def _unless_away(error: Exception) -> bool:
-    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+def _is_over(error: Exception) -> bool:
+    """Whether to give up after an error; a task that is over raises at once."""
+    if isinstance(error, httpx.HTTPStatusError):
+        if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise RunNotRunningException
+        return error.response.status_code not in _AWAY
+    return "certificate" in str(error).lower()
+
+
+def _beat(grid: HttpGrid) -> bool:
+    """Renew the task's lease. That it is over is heard by whoever asks for something next."""
+    try:
+        grid._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+    except httpx.TransportError:
+        return False
+    except (httpx.HTTPStatusError, RunNotRunningException):
+        pass
+    return True
 
 
 def _kept(token: Path) -> dict[str, str] | None:

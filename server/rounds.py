@@ -230,6 +230,8 @@ class Run:
         total = self.ask(Ask(sites, stage, {}, spec, Sum(), counts=False), self.progress.round, 0)
         if isinstance(total, Collected):
             raise TypeError("a trivial predictor is summed")
+        if not total.sites:  # none may let its sums go
+            return []
         down = {"kind": "trivial", "name": name, "sums": dict(total.sum("sums"))}
         return [line for split in splits for line in self.score(name, down, split)]
 

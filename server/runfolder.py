@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from conf.exits import Exit, Stop
 from conf.files import no_space, write_atomic
-from conf.schema import Data, Plan, Runtime, Settings, complaint
+from conf.schema import Baseline, Data, Plan, Runtime, Settings, complaint
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,20 @@ class RunFolder:
         return str(json.loads((self.path / "run.json").read_bytes()).get("said", ""))
 
 
-def prepare(path: Path, plan: Plan, sites: Sequence[str]) -> RunFolder:
+def prepare(
+    path: Path, plan: Plan, sites: Sequence[str], baselines: Sequence[Baseline] = ("trivial",)
+) -> RunFolder:
     """Make the directory of a deployed run: what the coordinator reads when the run's turn comes.
 
     Raises:
         Stop: (`RUN_EXISTS`, `DISK_FULL`).
     """
-    settings = Settings(plan=plan, data=Data(root="each site's own"), runtime=Runtime(name="flower"))
+    settings = Settings(
+        plan=plan,
+        data=Data(root="each site's own"),
+        runtime=Runtime(name="flower"),
+        baselines=tuple(baselines),
+    )
     return RunFolder.create(path, settings, sites)
 
 

@@ -7,6 +7,7 @@ site, needs no torch.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,11 @@ _CALL, _COMMON, _ANSWER, _BLOB = "call", "common", "answer", "blob"
 _FORMAT = "wardround"
 
 
+def run_key(run: str) -> str:
+    """What `cancel` names to end all work of a run."""
+    return hashlib.sha256(f"run {run}".encode()).hexdigest()
+
+
 class Unreadable(ValueError):
     """A message holds no call or no answer."""
 
@@ -44,7 +50,8 @@ class Call:
     """What the coordinator wants of a site.
 
     Attributes:
-        key: SHA-256 of `instruction`. wait_s: how long the site may take before it answers `pending`.
+        key: SHA-256 of `instruction`; to cancel, also `run_key` of a run.
+        wait_s: how long the site may take before it answers `pending`.
         instruction, common: packed; empty but for `train`.
     """
 
