@@ -196,6 +196,10 @@ def _cached(data: Data) -> Cache:
         )
     for refused in report.refused:
         note(f"refused: {refused.source}: {refused.reason} ({refused.detail})")
+    for name, cases in report.unmapped.items():
+        note(f"label not mapped: {name} ({cases} cases)")
+    for text, cases in report.notes.items():
+        note(f"{text} ({cases} cases)")
     return Cache(folder).held()
 
 

@@ -162,6 +162,8 @@ class Canvas:
                 "(settings: data.label_map, labels in site.yaml)",
                 tuple(self._unmapped),
             )
+        if self._unmapped and not self._mask.any():
+            self.note("no label of the case is mapped: its mask is empty")
         return Drawn(self._mask.transpose(2, 1, 0), tuple(self._unmapped), tuple(self._notes))
 
 

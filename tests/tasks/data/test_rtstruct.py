@@ -99,6 +99,8 @@ def test_regions_overlap_by_class_and_markers_are_no_regions(tmp_path: Path) -> 
     with pytest.raises(Faulty, match=r"not mapped: liver; accepted tumour"):
         drawn(tmp_path / "a.dcm", {"tumour": 2})
     assert drawn(tmp_path / "a.dcm", Naming({"tumour": 2}, ignore=True)).unmapped == ("liver",)
+    empty = drawn(tmp_path / "a.dcm", Naming({"kidney": 2}, ignore=True))
+    assert empty.notes == ("no label of the case is mapped: its mask is empty",)
     marker = write(tmp_path / "b.dcm", {"isocentre": [(1.3, [(0.0, 0.0)])]}, kind="POINT")
     assert not drawn(marker, {"liver": 1}).mask.any()
 
