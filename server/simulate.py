@@ -27,6 +27,7 @@ from server.exchange.virtual import VirtualExchange
 from server.progress import bar, note
 from server.rounds import Run
 from server.runfolder import RunFolder
+from strategies import QUESTIONS
 from strategies.base import Tensors
 from strategies.code import code_digest
 from tasks.data.cache import Cache, Entry, default_cache
@@ -58,6 +59,9 @@ def simulate(settings: Settings) -> Path:
     if path.exists():
         raise Stop(Exit.RUN_EXISTS, f"run.dir {path} exists; choose another, or: wardround resume {path}")
     Bench().study(settings.plan)  # every name and parameter, before anything is written
+    if settings.plan.strategy.name in QUESTIONS:
+        name = settings.plan.strategy.name
+        raise Stop(Exit.CONFIG, f"strategy.name is {name!r}, which trains nothing; use: wardround {name}")
     federation = Federation.of(settings.data, settings.plan)
     if settings.data.plan == "auto":
         from server.fingerprint import keep, planned

@@ -21,10 +21,14 @@ _FAR = 1.0  # octaves between two sites' intensities: more than one scanner mode
 def show(found: Found, path: Path) -> None:
     """Print what was found, and write `sites.txt` and `sites.html` into the run's directory."""
     console = Console(highlight=False, markup=False)
-    console.width = max(console.width, 120)  # lines wrap; numbers are never cut
     record = Console(file=io.StringIO(), record=True, width=160, highlight=False, markup=False)
+    made = parts(found)
+    # sentences wrap; numbers are never cut
+    numbers = [table for table in made if isinstance(table, Table) and table.columns[0].no_wrap]
+    widest = max((Console(width=10_000).measure(table).maximum for table in numbers), default=0)
     for screen in (console, record):
-        for part in parts(found):
+        screen.width = max(screen.width, widest)
+        for part in made:
             screen.print(part)
     write_atomic(path / "sites.txt", record.export_text(clear=False).encode())
     write_atomic(path / "sites.html", record.export_html(inline_styles=True).encode())
@@ -90,12 +94,15 @@ def _findings(found: Found) -> list[Table | str]:
     made: list[Table | str] = [table] if compared.findings else []
     if clean:
         made.append(f"Nothing looks wrong at {', '.join(clean)}.")
-    farthest = max((one.get("intensity", 0.0) for one in compared.distances.values()), default=0.0)
-    if farthest > _FAR and not any(one.kind == "intensity" for one in compared.findings):
-        made.append(
-            f"Intensities differ by {farthest:.1f} octaves between sites: let each image be scaled by itself "
-            "(task.normalise=zscore), or keep normalisation layers at home (strategy=fedbn)."
+    far = [one.get("foreground", one.get("intensity", 0.0)) for one in compared.distances.values()]
+    if max(far, default=0.0) > _FAR and not any(one.kind == "intensity" for one in compared.findings):
+        fixed = any(one.setting == "task.normalise" and one.value == "fixed" for one in found.decisions)
+        advice = (
+            "contrast phases, kernels or fields of view; train with more contrast (task.contrast=0.2)."
+            if fixed
+            else "scale each image by itself (task.normalise=zscore), or keep norm layers home (strategy=fedbn)."
         )
+        made.append(f"Intensities differ by up to {max(far):.1f} octaves between sites: {advice}")
     return made
 
 

@@ -150,7 +150,9 @@ class Fingerprint(Statistics):
             for i, row in enumerate(rows):
                 cell = quantile(row, 0.5)
                 if cell is not None:
-                    found[f"{name}_{i}" if len(rows) > 1 else name] = cells.value(cell)
+                    rounded = name in ("spacing", "shape")
+                    value = cells.round_value(cell) if rounded else cells.value(cell)
+                    found[f"{name}_{i}" if len(rows) > 1 else name] = value
         return found
 
     def suppressed(self, seen: Self, minimum: int) -> Self:

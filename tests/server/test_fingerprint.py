@@ -126,3 +126,9 @@ def test_a_run_that_is_no_fingerprint_says_so(ram: Path, capsys: pytest.CaptureF
     (ram / "plan.json").write_text('{"strategy": {"name": "fingerprint"}}')
     assert code(app, ["report", str(ram)]) == Exit.NO_RUN
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_a_question_is_no_training_run(ram: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["simulate", f"data.root={ram}", "strategy.name=fingerprint", f"run.dir={ram / 'run'}"]
+    assert code(app, argv) == Exit.CONFIG
+    assert "use: wardround fingerprint" in capsys.readouterr().err

@@ -146,6 +146,15 @@ def test_trouble_changes_nothing(what: str, strategy: str, ram: Path) -> None:
     assert made.ending() == whole.ending()
 
 
+def test_a_fingerprint_goes_the_same_way(ram: Path) -> None:
+    run(ram / "b", Wire(toys(ram / "b")), "fingerprint", rounds=1)
+    Toys(ram / "a", toy_plan("fingerprint", federation={"rounds": 1}), toy_cases()).train()
+    names = ("strategy.safetensors", "model.safetensors", "state.json")
+    for name in names:
+        ends = [(ram / end / "checkpoints" / "round-0001" / name).read_bytes() for end in "ab"]
+        assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize(
     ("event", "code"),
     [
