@@ -27,8 +27,8 @@ WIDEST = {2: 512, 3: 320}
 BATCH_SHARE = 0.05
 """A batch holds at most this share of a site's patients."""
 
-# float32 maps of a level in training: two blocks of 3 on the way down, two up, and their gradients. It is an upper
-# bound: dyn_unet was measured to keep 0.42 of it for the backward pass, unet 0.09 to 0.14.
+# float32 maps of a level in training: two blocks of 3 on the way down, two up, and their gradients. It is an
+# upper bound: dyn_unet was measured to keep 0.42 of it for the backward pass, unet 0.09 to 0.14.
 _COPIES = 24
 
 

@@ -100,7 +100,7 @@ def _findings(found: Found) -> list[Table | str]:
         advice = (
             "contrast phases, kernels or fields of view; train with more contrast (task.contrast=0.2)."
             if fixed
-            else "scale each image by itself (task.normalise=zscore), or keep norm layers home (strategy=fedbn)."
+            else "scale each image by itself (task.normalise=zscore), or keep norms home (strategy=fedbn)."
         )
         made.append(f"Intensities differ by up to {max(far):.1f} octaves between sites: {advice}")
     return made
