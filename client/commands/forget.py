@@ -42,7 +42,8 @@ def forget(
     if patient is None:
         patient = pseudonym(patient_key(places.key), _asked())
     swept, removed = bar(places, patient, known=not id)
-    typer.echo(f"{patient}: {removed} cached objects removed; no later ingest takes this patient in")
+    gone = f"{removed} cached objects removed" if removed else "nothing of this patient was in the cache"
+    typer.echo(f"{patient}: {gone}; no later ingest takes this patient in")
     if not swept:
         text = "a run holds the cache, so remains of interrupted ingests were not looked through"
         typer.echo(f"{text}: repeat this when it has ended", err=True)

@@ -108,7 +108,7 @@ def ingest(
     _check_root(root, cache)
     barred.check(key)
     settings = [VERSION, manifest, columns.model_dump(), Naming.of(label_map).plain(), fingerprint(key)]
-    files = sorted(_walk(root)) if manifest is None else []
+    files = sorted(_walk(root))
     others = [sorted(barred.names), sorted(released.known if released else ())]
     tree = _stamp(root, files, [*settings, *others]) if files else ""
     if tree and tree == cache.index.tree:
@@ -118,6 +118,8 @@ def ingest(
     check_label_map(label_map)
     with quietly():
         found = _discover(root, files, manifest, columns, label_map, released, workers)
+        if not {path for case in found for path in case.files} <= set(files):
+            tree = ""  # a manifest may name what the walk passes over: its changes would not be seen
         with cache.changing(wait=wait):
             job = _Job(root, cache, settings, label_map, key, barred.names)
             records, read = job.run(found, workers, progress)

@@ -112,6 +112,20 @@ def test_a_second_run_reads_only_what_changed(tmp_path: Path, run: Run) -> None:
     assert run(root)[0].kept == 3
 
 
+def test_what_a_manifest_names_outside_the_walk_is_seen(tmp_path: Path, run: Run) -> None:
+    root = pairs(tmp_path / "data", 2)
+    drawing(root / ".hidden" / "mask.png")
+    rows = [{"image": f"image/{i}.png", "label": f"label/{i}.png"} for i in range(2)]
+    manifest(root, rows)
+    assert run(root, "manifest.csv")[0].changed
+    assert not run(root, "manifest.csv")[0].changed
+    rows[1]["label"] = ".hidden/mask.png"
+    manifest(root, rows)
+    assert run(root, "manifest.csv")[0].kept == 2
+    drawing(root / ".hidden" / "mask.png", high=9)
+    assert run(root, "manifest.csv")[0].read == 1
+
+
 def test_changed_settings_are_seen(tmp_path: Path, run: Run) -> None:
     root = pairs(tmp_path / "data")
     rows = [
