@@ -53,7 +53,13 @@ def ingest(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="cases read at a time; 0: one per core")] = 0,
-    pacs: Annotated[bool, typer.Option("--pacs", help="pull from the archive first")] = False,
+    pacs: Annotated[bool, typer.Option("--pacs", help="pull from site.yaml's archive first")] = False,
+    pacs_from: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="pull from this one: https://… or TITLE@host:port")
+    ] = None,
+    query: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="what to pull, as Modality=CT; repeated")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list what each DICOM file and volume would give; keep nothing")
     ] = False,
@@ -76,19 +82,21 @@ def ingest(
         root = folder or chosen.data.root or (chosen.pacs.folder if chosen.pacs else None)
         if root is None:
             raise Stop(Exit.CONFIG, f"{site_file or 'site.yaml'} has no data.root; write the data root there")
-        pulled = _pull(chosen.pacs, root) if pacs else Exit.OK
+        pulled = _pull(chosen.pacs, root, pacs_from, query) if pacs or pacs_from else Exit.OK
         if dry_run:
             _rehearse(root, as_json)
             return
         _run(root, chosen.places, chosen.data, pulled)
         return
     if pacs:
-        raise Stop(Exit.USAGE, "--pacs needs a site's file with a section pacs (wardround-site init)")
+        text = "--pacs needs a site's file with a section pacs (wardround-site init), or --pacs-from"
+        raise Stop(Exit.USAGE, text)
     from client.sitefile import SiteData
 
     root = folder or Path()
     if not root.is_dir():  # before a key is made for it
         raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
+    pulled = _pull(None, root, pacs_from, query) if pacs_from else Exit.OK
     if dry_run:
         _rehearse(root, as_json)
         return
@@ -104,7 +112,7 @@ def ingest(
         table=parse_table(table),
     )
     data = SiteData(manifest=manifest, columns=columns, label_map=parse_label_map(label_map), workers=workers)
-    _run(root, Places.beside(cache or default_cache(root), key_file), data)
+    _run(root, Places.beside(cache or default_cache(root), key_file), data, pulled)
 
 
 def _rehearse(root: Path, as_json: bool) -> None:
@@ -162,16 +170,16 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
     raise typer.Exit((pulled or report.exit).value)
 
 
-def _pull(source: Pacs | None, root: Path) -> Exit:
+def _pull(section: Pacs | None, root: Path, given: str | None, query: list[str] | None) -> Exit:
     """Bring what is new in the archive into the data root.
 
     Raises:
         Stop: (`CONFIG`) no section pacs, or its folder is not in the data root; and what `pull` raises.
     """
     from client.pacs.pull import pull
+    from client.pacs.settings import chosen
 
-    if source is None:
-        raise Stop(Exit.CONFIG, "--pacs: the site's file has no section pacs")
+    source = chosen(section, given, query, root)
     if not source.folder.resolve().is_relative_to(root.resolve()):
         text = f"pacs.folder {source.folder} is not in data.root {root}, so an ingest would not see it"
         raise Stop(Exit.CONFIG, f"{text}; choose a folder below the data root")

@@ -7,6 +7,7 @@ and is taken over when it is whole.
 from __future__ import annotations
 
 import socket
+import ssl
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -204,12 +205,35 @@ class Dimse:
         where = self._source.listen_on or _way_to(self._host, self._port)
         at = (where, self._source.listen)
         try:
-            server = self._ae.start_server(at, block=False, evt_handlers=self._handlers)
+            server = self._ae.start_server(
+                at,
+                block=False,
+                evt_handlers=self._handlers,
+                ssl_context=self._shown() if self._source.tls else None,
+            )
         except OSError as error:
             text = f"cannot listen on {where} port {self._source.listen} ({error.strerror}): set pacs.listen"
             raise Stop(Exit.CONFIG, text) from None
         if server is not None:
             self._open.callback(server.shutdown)
+
+    def _shown(self) -> ssl.SSLContext:
+        """What this site's own listener shows, and whom it lets in: whoever the authority signed.
+
+        Raises:
+            Stop: (`PACS_AUTH`) certificate, key or authority is missing or cannot be read.
+        """
+        own = self._source
+        try:
+            if own.certificate is None or own.authority is None:
+                raise FileNotFoundError("C-MOVE over TLS needs pacs.certificate, key and authority")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(own.certificate, own.key)
+            context.load_verify_locations(own.authority)
+            context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:
+            raise Stop(Exit.PACS_AUTH, f"cannot listen over TLS ({error})") from None
+        return context
 
     def _arrived(self, event: evt.Event) -> int:
         """Take over an instance that was asked for; any other is refused."""

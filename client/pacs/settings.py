@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from conf.exits import Exit, Stop
-from conf.schema import Frozen
+from conf.schema import Frozen, complaint
 
 TOKEN, LOGIN = "WARDROUND_PACS_TOKEN", "WARDROUND_PACS_LOGIN"
 """Environment variables: a bearer token, or `user:password`."""
@@ -90,6 +91,28 @@ class Pacs(Frozen):
         if not self.source.startswith("https:") and self._host not in _LOOPBACK:
             raise Stop(Exit.PACS_AUTH, f"{self.source} would show the credentials on the network: use https")
         return ("bearer", token) if token else ("basic", login)
+
+
+def chosen(section: Pacs | None, source: str | None, query: Sequence[str] | None, root: Path) -> Pacs:
+    """The archive of a command: `site.yaml`'s, or another one, which never gets the first one's secrets.
+
+    Args:
+        section: of `site.yaml`. source, query: as the command line has them. root: where another archive's
+            instances land, in `pacs/`.
+
+    Raises:
+        Stop: (`CONFIG`) neither a section nor a source, or no such source.
+    """
+    if source is not None:
+        kept = ("title", "via", "listen", "listen_on", "timeout_s", "retries")
+        own = {name: getattr(section, name) for name in kept} if section is not None else {}
+        try:
+            section = Pacs.model_validate({**own, "source": source, "folder": root / "pacs"})
+        except ValidationError as error:
+            raise Stop(Exit.CONFIG, f"--pacs-from: {complaint(error)}") from None
+    if section is None:
+        raise Stop(Exit.CONFIG, "--pacs: the site's file has no section pacs")
+    return section.model_copy(update={"query": tuple(query)}) if query else section
 
 
 def _secret(path: Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.message import Message
@@ -124,14 +125,12 @@ class _Gone(Exception):
 _PART10 = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 
 
-def trust(source: Pacs) -> Any:
+def trust(source: Pacs) -> ssl.SSLContext:
     """What TLS connections to the archive trust and show.
 
     Raises:
         Stop: (`PACS_AUTH`) a certificate or key cannot be read.
     """
-    import ssl
-
     try:
         context = ssl.create_default_context(cafile=source.authority)
         if source.certificate is not None:

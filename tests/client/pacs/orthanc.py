@@ -38,6 +38,7 @@ class Orthanc:
 
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    over_tls: bool = False
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +64,14 @@ class Orthanc:
             "DicomPort": self.port,
             "DicomAet": "ORTHANC",
             "DicomCheckCalledAet": True,
-            "DicomModalities": {"site": ["WARDROUND", "127.0.0.1", self.listen]},
+            "DicomModalities": {
+                "site": {
+                    "AET": "WARDROUND",
+                    "Host": "127.0.0.1",
+                    "Port": self.listen,
+                    "UseDicomTls": self.over_tls,
+                }
+            },
             "AuthenticationEnabled": False,
             "Plugins": [str(PLUGIN)],
             **self.settings,
@@ -105,7 +113,7 @@ class Orthanc:
 
 
 @contextmanager
-def serving(**settings: Any) -> Iterator[Orthanc]:
+def serving(*, over_tls: bool = False, **settings: Any) -> Iterator[Orthanc]:
     if not Path(PROGRAM).exists() or not PLUGIN.exists():
         message = "no Orthanc here: apt-get install orthanc orthanc-dicomweb"
         if os.environ.get("CI") == "true":
@@ -113,7 +121,7 @@ def serving(**settings: Any) -> Iterator[Orthanc]:
         pytest.skip(message)
     shm = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="wardround-test-", dir=shm if os.access(shm, os.W_OK) else None))
-    server = Orthanc(folder, settings)
+    server = Orthanc(folder, settings, over_tls)
     try:
         server.start()
         yield server

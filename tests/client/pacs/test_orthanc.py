@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import ipaddress
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pydicom
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from client.cli import app
 from client.pacs.pull import pull
 from client.pacs.settings import Pacs
+from conf.console import code
 from conf.exits import Exit, Stop
 from tests.client.pacs.orthanc import Orthanc, free_port, serving
 
@@ -175,3 +183,65 @@ def test_a_login(real: Callable[[str], Path], ram: Path, monkeypatch: pytest.Mon
         locked.send(files, auth=("ward", "round"))
         monkeypatch.setenv("WARDROUND_PACS_LOGIN", "ward:round")
         assert pull(source, ram / "pacs").fetched == 10
+
+
+def test_ingest_from_an_archive(
+    archive: Orthanc, ram: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = ram / "site"
+    assert code(app, ["init", str(site), "--name", "A"]) == Exit.OK
+    monkeypatch.chdir(site)
+    go = ["ingest", "--pacs-from", f"{archive.url}/dicom-web", "--query", "Modality=RTSTRUCT,MR"]
+    go += ["--query", "PatientID=STS_003"]
+    capsys.readouterr()
+    assert code(app, go) == Exit.OK, capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "48 instances found: 48 fetched, 0 here before, 0 not to be had" in said
+    assert "1 cases in" in said
+    assert code(app, go) == Exit.OK
+    assert "48 instances found: 0 fetched, 48 here before" in capsys.readouterr().out
+    assert code(app, [*go[:3], "--query", "Modalty=MR"]) == Exit.CONFIG
+    assert code(app, ["ingest", "--pacs-from", "nonsense", "--query", "Modality=MR"]) == Exit.CONFIG
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "accepted is KEY=VALUE" in errors[0]
+    assert "accepted is https://host/dicom-web or TITLE@host:port" in errors[1]
+
+
+def both_ways(folder: Path) -> tuple[Path, Path]:
+    """A certificate that trusts itself, for either end of a connection."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(here, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "own.crt").write_bytes(made.public_bytes(Encoding.PEM))
+    (folder / "own.key").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    )
+    return folder / "own.crt", folder / "own.key"
+
+
+@pytest.mark.parametrize("via", ["get", "move"])
+def test_dimse_over_tls(via: str, real: Callable[[str], Path], ram: Path) -> None:
+    certificate, key = both_ways(ram)
+    settings = {
+        "DicomTlsEnabled": True,
+        "DicomTlsCertificate": str(certificate),
+        "DicomTlsPrivateKey": str(key),
+        "DicomTlsTrustedCertificates": str(certificate),
+    }
+    with serving(over_tls=True, **settings) as archive:
+        archive.send(sorted((real("dicom_series") / "pt_ge_petctac").rglob("*.dcm")))
+        plain = archive.dimse(via, query=("Modality=PT",), timeout_s=5)
+        with pytest.raises(Stop, match="at port") as stop:
+            pull(plain, ram / "pacs")
+        assert stop.value.exit == Exit.PACS_AWAY
+        own = {"tls": True, "authority": certificate, "certificate": certificate, "key": key}
+        assert pull(plain.model_copy(update=own), ram / "pacs").fetched == 10

@@ -19,7 +19,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from client.pacs import pull as pulling
 from client.pacs.pull import Away, pull
 from client.pacs.query import KEYS, parse
-from client.pacs.settings import Pacs
+from client.pacs.settings import Pacs, chosen
 from client.pacs.shelf import Instance, Shelf
 from client.pacs.web import first_part
 from conf.exits import Exit, Stop
@@ -142,6 +142,21 @@ def test_secrets_are_kept_from_others(tmp_path: Path) -> None:
         Pacs(source="http://host/dicom-web", token_file=secret).authorization()
     with pytest.raises(Stop, match=r"cannot be read .No such file"):
         Pacs(source="https://host/d", login_file=tmp_path / "none").authorization()
+
+
+def test_another_archive_gets_no_secret_of_the_first(tmp_path: Path) -> None:
+    section = Pacs(
+        source="https://one/dw",
+        login_file=tmp_path / "l",
+        key=tmp_path / "k",
+        title="SITE",
+        query=("Modality=CT",),
+    )
+    other = chosen(section, "https://two/dw", None, tmp_path)
+    assert (other.login_file, other.key, other.query, other.title) == (None, None, (), "SITE")
+    assert chosen(section, None, ["Modality=MR"], tmp_path).query == ("Modality=MR",)
+    with pytest.raises(Stop, match="has no section pacs"):
+        chosen(None, None, None, tmp_path)
 
 
 class Toy:
