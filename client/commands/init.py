@@ -40,6 +40,12 @@ audit: audit.jsonl    # every request, decision and release; check it with: ward
 #   source: https://pacs.example/dicom-web   # or TITLE@host:port
 #   query: [Modality=CT, StudyDate=20260101-]
 #   folder: data/pacs                 # below data.root
+#   login_file: state/pacs.login      # user:password, mode 600; or token_file
+
+# coordinator:        # what wardround-site doctor tries to reach
+#   address: coordinator.example:443
+#   authority: coordinator.crt        # certificates to trust, PEM
+#   key: state/node.key               # this node's private key, mode 600
 
 # val_fraction: 0.1
 # test_fraction: 0.2
