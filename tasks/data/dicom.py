@@ -7,7 +7,7 @@ arrays.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ import numpy as np
 from tasks.data.discover import kind
 from tasks.data.drawn import SOP_CLASSES, guarded_masks
 from tasks.data.guard import Guard, shared
-from tasks.data.header import Header, read_header
+from tasks.data.header import Header, begins_dicom, read_header
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import frames
 from tasks.data.released import Released
@@ -27,6 +27,8 @@ from tasks.data.series import Image, Part, Volume, assemble
 from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+_RUN = 16  # slices
 
 File = tuple[Path, Header]
 
@@ -164,24 +166,46 @@ def _parts(files: Sequence[File]) -> list[Part]:
 
 
 def _filled(volume: Volume, guard: Guard) -> Array:
-    """`CHWD` of a volume, written slice by slice into its place: nothing else is as large."""
+    """`CHWD` of a volume, written into its place as slices come: nothing else is as large."""
+    image: Array | None = None
+    run: list[Array] = []  # neighbours are written together: one by one, each would touch all of the memory
+    first = 0
+    for k, values in _slices(volume, guard):
+        if image is None:
+            image = np.empty((len(values), *volume.ras_shape), dtype=values.dtype)
+        if run and (k != first + len(run) or len(run) == _RUN):
+            image = _written(volume, image, first, run)
+            run = []
+        first = first if run else k
+        run.append(values)
+    if image is None:
+        raise Faulty(Reason.SLICES, "no frames")
+    return _written(volume, image, first, run)
+
+
+def _slices(volume: Volume, guard: Guard) -> Iterator[tuple[int, Array]]:
+    """Slice number and values `CHW`, file by file."""
     columns, rows, _ = volume.shape
     wanted: dict[Path, dict[int, int]] = defaultdict(dict)
     for k, one in enumerate(volume.images):
         wanted[one.path][one.index] = k
-    image: Array | None = None
     for path, places in wanted.items():
         indices = sorted(places)
-        for index, (_, values) in zip(indices, guard.stream(frames, path, indices=indices), strict=True):
-            if values is None or values.shape != (volume.images[0].header.samples, rows, columns):
+        count = 0
+        for count, (_, values) in enumerate(guard.stream(frames, path, indices=indices), 1):
+            shape = (volume.images[0].header.samples, rows, columns)
+            if values is None or values.shape != shape or count > len(indices):
                 raise Faulty(Reason.SIZE, f"{path.name} holds a frame of another size than it says")
-            if image is None:
-                image = np.empty((len(values), *volume.ras_shape), dtype=values.dtype)
-            elif values.dtype != image.dtype:
-                image = image.astype(_wider(image.dtype, values.dtype), copy=False)
-            volume.as_stored(image)[..., places[index]] = values.transpose(0, 2, 1)
-    if image is None:
-        raise Faulty(Reason.SLICES, "no frames")
+            yield places[indices[count - 1]], values
+        if count != len(indices):
+            raise Faulty(Reason.UNREADABLE, f"{path.name}: {count} of {len(indices)} frames were read")
+
+
+def _written(volume: Volume, image: Array, first: int, run: Sequence[Array]) -> Array:
+    """The image, in a type that holds both, with `run` at the slices from `first` on."""
+    block = np.stack(run, axis=-1)
+    image = image.astype(_wider(image.dtype, block.dtype), copy=False)
+    volume.as_stored(image)[..., first : first + len(run)] = block.swapaxes(1, 2)
     return image
 
 
@@ -196,8 +220,10 @@ def _is_dicom(path: Path) -> bool:
     if path.suffix.lower() in _DICOM_SUFFIXES:
         return True
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return False
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"  # PS3.10 7.1
+            return begins_dicom(file.read(132))
     except OSError:
         return False
 

@@ -54,7 +54,8 @@ def in_words(line: Line) -> str:
     name = line["path"] if "path" in line else f"{line['series']} volume {line['volume']}"
     size = "" if line["shape"] is None else "x".join(str(n) for n in line["shape"])
     told = (line.get("outcome", "volume"), size, line.get("orientation"), line.get("units"), line["reason"])
-    return f"{name}: {', '.join(text for text in told if text)}"
+    text = f"{name}: {', '.join(text for text in told if text)}"
+    return text.encode(errors="replace").decode()  # names of files need not be UTF-8
 
 
 def inspect(path: Path) -> Iterator[Answer]:
@@ -78,8 +79,6 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _file(path: Path, guard: Guard, headers: list[File]) -> Line:
     line: Line = {"outcome": "unreadable", "reason": "", "shape": None, "pixel_sha256_16": None}
-    if kind(path) is not None:
-        return line | {"reason": f"not a DICOM file ({kind(path)}: ingest pairs it by its name)"}
     try:
         for number, (facts, _) in enumerate(guard.stream(inspect, path)):
             if number == 0:
@@ -90,7 +89,9 @@ def _file(path: Path, guard: Guard, headers: list[File]) -> Line:
                 shape = [int(n) for n in facts["shape"]]
                 line |= {"outcome": "image", "shape": shape, "pixel_sha256_16": str(facts["sha"])}
     except Faulty as fault:
-        return line | {"reason": " ".join(str(fault).split())}
+        other = kind(path)
+        said = "" if other is None else f" (read as {other}: ingest pairs it by its name)"
+        return line | {"reason": f"{fault.reason}: {fault.detail}{said}"}
     except (KeyError, TypeError, ValueError):
         return line | {"reason": "its parser gave an answer of another form"}
     return line

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -86,9 +87,12 @@ class Guard:
             Faulty: what the job raised, or (`LIMIT`) it hit a limit, or (`UNREADABLE`) its worker crashed.
         """
         try:
-            size = path.stat().st_size
+            status = path.stat()
         except OSError as error:
             raise Faulty(Reason.UNREADABLE, f"{path.name}: {error.strerror}") from None
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device never ends
+            raise Faulty(Reason.UNREADABLE, f"{path.name}: not a regular file")
+        size = status.st_size
         budget = min(self.limit_bytes + _PER_FILE_BYTE * size + room, _CAP)
         request = {
             "job": f"{job.__module__}:{job.__qualname__}",

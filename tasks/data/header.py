@@ -6,6 +6,7 @@ C.7.6.16 for multi-frame ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,9 @@ Six = tuple[float, float, float, float, float, float]
 
 #: float, double float and integer pixel data
 PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
-_FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x02", b"\0\x08")  # of a file without preamble, either endian
+_MAGIC = b"DICM"  # PS3.10 7.1
+#: first bytes of a file without preamble: group 2 or 8, element below 0x100, little or big endian
+_BARE = re.compile(rb"[\x02\x08]\0.\0|\0[\x02\x08]\0.", re.DOTALL)
 _MAX_FRAMES = 100_000
 
 #: what tells volumes of one series apart: attribute by our name, single-frame or in a functional group
@@ -129,8 +132,8 @@ def opened(path: Path, *, pixels: bool) -> FileDataset:
     with path.open("rb") as file:
         head = file.read(132)
         file.seek(0)
-        bare = head[128:] != b"DICM"  # PS3.10 7.1
-        if bare and head[:2] not in _FIRST_GROUPS:
+        bare = head[128:] != _MAGIC
+        if not begins_dicom(head):
             raise Faulty(Reason.UNREADABLE, "not a DICOM file")
         seen: list[int] = []
         ds = read_partial(file, stop_when=None if pixels else partial(_at_pixels, seen), force=bare)
@@ -139,6 +142,11 @@ def opened(path: Path, *, pixels: bool) -> FileDataset:
     for tag in seen:
         ds.add_new(tag, "OW", b"")
     return ds
+
+
+def begins_dicom(head: bytes) -> bool:
+    """Whether a file's first 132 bytes could be those of a DICOM file."""
+    return head[128:] == _MAGIC or _BARE.match(head) is not None
 
 
 def _at_pixels(seen: list[int], tag: int, _vr: str | None, _length: int) -> bool:

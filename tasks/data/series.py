@@ -206,6 +206,13 @@ def _of_class(files: Sequence[tuple[Path, Header]]) -> list[Part]:
     if any(h.frames != len(h.planes) for _, h in files):
         fault = Faulty(Reason.SHAPE, "NumberOfFrames (0028,0008) is not the number of frames described")
         return [Part(tuple(images), fault=fault)]
+    for name, values in (
+        ("PatientID (0010,0020)", {h.patient for _, h in files}),
+        ("the unit of values", {h.units for _, h in files}),
+    ):
+        if len(values) > 1:  # a split would hide it
+            fault = Faulty(Reason.MIXED, f"{name} changes within the series")
+            return [Part(tuple(images), fault=fault)]
     return _stacks(images)
 
 
@@ -250,7 +257,6 @@ def _close(name: str, tolerance: float) -> Callable[[Image, Image], bool]:
 
 _GEOMETRY: tuple[tuple[Reason, str, Callable[[Image, Image], bool]], ...] = (
     (Reason.MIXED, "Rows, Columns or SamplesPerPixel", _same_size),
-    (Reason.MIXED, "PatientID", lambda a, b: a.header.patient == b.header.patient),
     (
         Reason.MIXED,
         "FrameOfReferenceUID",
@@ -258,7 +264,6 @@ _GEOMETRY: tuple[tuple[Reason, str, Callable[[Image, Image], bool]], ...] = (
     ),
     (Reason.MIXED, "PixelSpacing", _close("spacing", 1e-4)),
     (Reason.ORIENTATION, "ImageOrientationPatient (0020,0037)", _close("orientation", 1e-3)),
-    (Reason.MIXED, "RescaleType or what SUV needs", lambda a, b: a.header.units == b.header.units),
 )
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import resource
 import shutil
 import socket
@@ -28,6 +29,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from tasks.data.dicom import from_series
 from tasks.data.dryrun import dry_run, inspect
 from tasks.data.guard import Answer, Guard, _Worker
 from tasks.data.header import header, read_header
@@ -262,3 +264,25 @@ def test_jobs_come_from_this_package_only(tmp_path: Path, guard: Guard) -> None:
     with pytest.raises(Faulty, match="shutil has no jobs"):
         guard.call(shutil.rmtree, file(tmp_path / "a.dcm"))  # type: ignore[arg-type]
     assert (tmp_path / "a.dcm").exists()
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, guard: Guard) -> None:
+    os.mkfifo(tmp_path / "pipe.dcm")
+    (tmp_path / "device.dcm").symlink_to("/dev/zero")
+    (tmp_path / "gone.dcm").symlink_to(tmp_path / "nothing")
+    (tmp_path / "empty.dcm").touch()
+    (tmp_path / os.fsdecode(b"\xff\xfe.dcm")).write_bytes(b"\x08\0\x05\0CS")
+    file(tmp_path / "sound")
+    lines = {line["path"]: line for line in dry_run(tmp_path, guard) if "path" in line}
+    assert {path: line["outcome"] for path, line in lines.items()} == {
+        **dict.fromkeys(
+            ("pipe.dcm", "device.dcm", "gone.dcm", "empty.dcm", "\udcff\udcfe.dcm"), "unreadable"
+        ),
+        "sound": "image",
+    }
+    for path, why in (("pipe", "not a regular file"), ("device", "not a regular"), ("gone", "No such file")):
+        assert why in lines[f"{path}.dcm"]["reason"]
+    found = from_series(tmp_path, sorted(tmp_path.iterdir()), with_masks=False, guard=guard)
+    assert {f.source for f in found if f.fault is not None and f.fault.reason is Reason.UNREADABLE} == {
+        *lines
+    } - {"sound"}

@@ -180,6 +180,8 @@ REFUSED: dict[str, tuple[list[Header], list[Reason]]] = {
     "no orientation": ([*column(3), one((0, 0, 9), None)], [Reason.NO_POSITION]),
     "a stray orientation": (column(4) + column(1, orientation=SAGITTAL), [Reason.ORIENTATION]),
     "a stray size": (column(4) + column(1, rows=9), [Reason.MIXED]),
+    "two patients": (column(4) + column(4, start=100, patient="Q"), [Reason.MIXED]),
+    "two units": (column(4, units="SUVbw") + column(4, start=12), [Reason.MIXED]),
     "not orthonormal": (column(3, orientation=(1, 0, 0, 0.5, 1, 0)), [Reason.GEOMETRY]),
     "not finite": ([one((0, 0, float("nan"))), *column(2)], [Reason.GEOMETRY]),
     "far away": ([one((0, 0, 1e300)), *column(2)], [Reason.GEOMETRY]),
