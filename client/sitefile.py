@@ -50,7 +50,7 @@ class SiteData(Frozen):
 
         if self.labels == Labels():
             return Naming.of(self.label_map)
-        from tasks.data.labels import naming  # it brings the readers
+        from tasks.data.naming import naming  # it brings the readers
 
         return naming(self.labels)
 

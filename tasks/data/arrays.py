@@ -100,7 +100,7 @@ def _shape_of(path: Path, name: str, version: tuple[int, int]) -> tuple[int, ...
             shape, _, dtype = read(member)
     if int(np.prod(shape)) * dtype.itemsize > LIMIT:
         raise Faulty(
-            Reason.SHAPE, f"{name} takes more than {LIMIT >> 30} GiB unpacked; use a smaller variant"
+            Reason.LIMIT, f"{name} takes more than {LIMIT >> 30} GiB unpacked; use a smaller variant"
         )
     return tuple(int(n) for n in shape)
 

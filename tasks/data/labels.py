@@ -7,32 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from conf.exits import Exit, Stop
-from conf.schema import Labels
-from tasks.data.source import Array, Faulty, Grid, LabelMap, Naming, Reason, folded, listed
+from tasks.data.source import Array, Faulty, Grid, LabelMap, Naming, Reason, listed
 
-
-def naming(labels: Labels) -> Naming:
-    """A site's names as readers use them: its own lines first, then the dictionary's names and codes.
-
-    Without dictionary and lines, numbers in files are classes.
-    """
-    values = {label.name: label.value for label in labels.dictionary}
-    wanted = values if labels.annotates is None else {n: values[n] for n in labels.annotates}
-    known: dict[int | str, int] = {}
-    for label in labels.dictionary:
-        if label.name in wanted:
-            known[folded(label.name)] = label.value
-            if label.code is not None:
-                known[folded(f"{label.code[0]}:{label.code[1]}")] = label.value
-    known |= {folded(own): wanted[name] for own, name in labels.names.items() if name in wanted}
-    if known:
-        known.setdefault(0, 0)  # where a mask file holds nothing
-    return Naming(
-        known=known or None,
-        ignore=labels.unmapped == "ignore",
-        threshold=labels.threshold,
-        annotates=None if labels.annotates is None else tuple(sorted(wanted.values())),
-    )
+_NAMED = 64  # unmapped values reported of one mask: instance numbers may be thousands
 
 
 def check_label_map(label_map: LabelMap) -> None:
@@ -75,7 +52,7 @@ def mapped(values: Array, label_map: LabelMap) -> tuple[Array, tuple[str, ...]]:
     else:
         present, where = np.unique(values, return_inverse=True)
     found = [names.find(int(v)) if float(v).is_integer() else None for v in present.tolist()]
-    outside = tuple(f"{v:g}" for v, c in zip(present.tolist(), found, strict=True) if c is None)
+    outside = tuple(f"{v:g}" for v, c in zip(present.tolist(), found, strict=True) if c is None)[:_NAMED]
     if outside and not names.ignore:
         raise Faulty(
             Reason.LABEL,
@@ -127,12 +104,12 @@ class Canvas:
             owner: which object draws it. shown: how a message calls it. names: to look up, first wins.
 
         Raises:
-            Faulty: another object drew the same class.
+            Faulty: another object drew the same class (background may be drawn by all).
         """
         found = self.names.find(*names)
         if found is None:
             self._unmapped[shown] = None
-        elif self._owner.setdefault(found, owner) != owner:
+        elif found and self._owner.setdefault(found, owner) != owner:
             raise Faulty(
                 Reason.SEVERAL_MASKS, f"{self._owner[found]} and {owner} both draw class {found}; keep one"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from tasks.data.labels import mapped
 from tasks.data.source import Array, Faulty, LabelMap, Raw, Reason, reading, stored
 
 SUFFIXES = (".nii", ".nii.gz")
+
+#: bytes a file may take when unpacked
+LIMIT = 4 << 30
 
 #: largest distance, in voxels, between a grid's corners by two headers that rounding of their fields explains
 CORNER_TOLERANCE = 0.05
@@ -103,12 +107,18 @@ def _corners(grid: tuple[int, ...]) -> Array:
 def _read(path: Path) -> tuple[Array, Array, tuple[str, ...]]:
     with reading(path):
         loaded = nib.load(path)
+        _check_size(loaded, path)
         notes = _frame(loaded, path)
         image = nib.as_closest_canonical(loaded)  # type: ignore[no-untyped-call]
         values = np.asanyarray(image.dataobj)
         if values.dtype.kind not in "biuf":
             raise Faulty(Reason.SHAPE, f"{path.name} holds {values.dtype}; plain numbers are read")
         return values, np.asarray(image.affine, dtype=np.float64), notes
+
+
+def _check_size(image: Any, path: Path) -> None:
+    if math.prod(image.shape) * image.get_data_dtype().itemsize > LIMIT:
+        raise Faulty(Reason.LIMIT, f"{path.name} takes more than {LIMIT >> 30} GiB unpacked")
 
 
 def _frame(image: Any, path: Path) -> tuple[str, ...]:

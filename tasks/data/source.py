@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from conf.exits import Exit, Stop
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,6 +21,7 @@ else:  # an ingest that finds nothing new should cost next to nothing: numpy alo
     Array = Any
 
 _LISTED = 8  # names quoted in a message
+_T = TypeVar("_T")
 Names = Mapping[int, int] | Mapping[str, int] | Mapping[int | str, int]
 
 
@@ -90,7 +93,7 @@ class Naming:
 
     def __post_init__(self) -> None:
         if self.known is not None:
-            object.__setattr__(self, "known", {folded(k): v for k, v in self.known.items()})
+            object.__setattr__(self, "known", all_folded(self.known))
 
     @classmethod
     def of(cls, label_map: LabelMap) -> Naming:
@@ -139,6 +142,19 @@ LabelMap = Names | Literal["nonzero"] | Naming | None
 def folded(name: int | str) -> int | str:
     """A name as it is compared: spaces and case do not tell two apart."""
     return " ".join(name.casefold().split()) if isinstance(name, str) else name
+
+
+def all_folded(names: Mapping[int | str, _T]) -> dict[int | str, _T]:
+    """`names` as they are compared.
+
+    Raises:
+        Stop: (`CONFIG`) two of them are the same then, and mean different things.
+    """
+    out: dict[int | str, _T] = {}
+    for name, meaning in names.items():
+        if out.setdefault(folded(name), meaning) != meaning:
+            raise Stop(Exit.CONFIG, f"the label {name!r} is mapped twice; capitals and spaces do not count")
+    return out
 
 
 def listed(names: Iterable[object]) -> str:

@@ -6,7 +6,8 @@ from hypothesis.extra import numpy as hnp
 
 from conf.exits import Exit, Stop
 from conf.schema import Label, Labels
-from tasks.data.labels import check_label_map, class_number, classes, mapped, naming
+from tasks.data.labels import check_label_map, class_number, classes, mapped
+from tasks.data.naming import naming
 from tasks.data.source import Faulty, LabelMap, Naming, Reason
 
 
@@ -142,3 +143,11 @@ def test_numbers_stay_and_names_are_mapped() -> None:
     with pytest.raises(Faulty, match="need a finite number") as caught:
         class_number("inf", "c", names)
     assert caught.value.reason is Reason.CELL
+
+
+def test_a_name_has_one_meaning() -> None:
+    with pytest.raises(Stop, match="label 'LIVER' is mapped twice"):
+        Naming({"liver": 1, "LIVER": 2})
+    assert Naming({"liver": 1, "LIVER ": 1}).find("Liver") == 1
+    with pytest.raises(Stop, match="label 'leber' is mapped twice"):
+        naming(Labels(dictionary=FEDERATION, names={"Leber": "liver", "leber": "tumour"}))

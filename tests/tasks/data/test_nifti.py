@@ -233,3 +233,13 @@ def test_channels_may_stand_on_the_fifth_axis(tmp_path: Path) -> None:
     raw = read_pair(write(tmp_path / "a.nii", image, np.eye(4)), None, None)
     assert raw.image is not None
     assert np.array_equal(raw.image, np.moveaxis(image[:, :, :, 0], 3, 0))
+
+
+def test_a_header_that_promises_too_much_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.nii", np.zeros((2, 2, 2), np.float32), np.eye(4))
+    blob = bytearray(path.read_bytes())
+    blob[42:48] = np.array([20_000, 20_000, 20_000], "<i2").tobytes()  # dim[1] to dim[3] of NIfTI-1
+    path.write_bytes(blob)
+    with pytest.raises(Faulty, match="more than 4 GiB unpacked") as caught:
+        read_pair(path, None, None)
+    assert caught.value.reason is Reason.LIMIT

@@ -130,6 +130,7 @@ def test_several_objects_become_one_mask_unless_two_draw_one_class(tmp_path: Pat
     with pytest.raises(Faulty, match=r"a\.dcm and b\.dcm both draw class 1; keep one") as caught:
         drawn({"liver": 1, "tumour": 1}, liver, tumour)
     assert caught.value.reason is Reason.SEVERAL_MASKS
+    assert not drawn({"liver": 0, "tumour": 0}, liver, tumour).mask.any()  # both background
     # two segments of one object may well be one class
     both = write(tmp_path / "c.dcm", one(segments=2))
     assert drawn({"liver": 1, "tumour": 1}, both).mask.sum() == 1
