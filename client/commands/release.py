@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from client.places import SiteOption, key_places
+from client.places import CacheOption, SiteOption, known_places
 from conf.exits import Exit, Stop
 
 
 def release(
     files: Annotated[list[Path], typer.Argument(help="DICOM files that show no name, or folders of them")],
     site: SiteOption = None,
-    key_file: Annotated[Path | None, typer.Option(help="the key that names patients, without a file")] = None,
+    cache: CacheOption = None,
 ) -> None:
     """Release files whose pixels were held back, after a look at each: ingest and export-deid then take them.
 
@@ -27,7 +27,7 @@ def release(
     absent = [path for path in paths if not path.exists()]
     if absent:
         raise Stop(Exit.CONFIG, f"{absent[0]} does not exist; nothing was released")
-    places = key_places(site, key_file)
+    places = known_places(site, cache)
     released = Released(places.released)
     new = sorted({digest(path) for path in paths if path.is_file()} - released.known)
     for one in new:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import permutations
 from typing import Final
 
 from pydicom.datadict import tag_for_keyword
@@ -45,7 +46,7 @@ class Keep(Enum):
 
 @dataclass(frozen=True)
 class Words:
-    """A finite vocabulary: other values are left out."""
+    """A finite vocabulary: other values are left out, and none leaves the attribute empty."""
 
     words: frozenset[str]
 
@@ -64,7 +65,10 @@ _RULES: dict[Keep, str] = {
         SmallestImagePixelValue LargestImagePixelValue PixelPaddingValue PixelPaddingRangeLimit
         RescaleSlope RescaleIntercept WindowCenter WindowWidth LossyImageCompressionRatio
         RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor
-        BluePaletteColorLookupTableDescriptor LUTDescriptor FrameIncrementPointer
+        BluePaletteColorLookupTableDescriptor LUTDescriptor FrameIncrementPointer FrameTime FrameTimeVector
+        PixelIntensityRelationshipSign NumberOfEnergyWindows EnergyWindowVector NumberOfDetectors
+        DetectorVector RotationVector PhaseVector RRIntervalVector TimeSlotVector SliceVector
+        AngularViewVector TimeSliceVector
         ImagePositionPatient ImageOrientationPatient SliceThickness SpacingBetweenSlices SliceLocation
         GantryDetectorTilt DataCollectionDiameter ReconstructionDiameter TableHeight
         SeriesNumber InstanceNumber AcquisitionNumber ImagesInAcquisition
@@ -110,7 +114,8 @@ _RULES: dict[Keep, str] = {
         RadionuclideCodeSequence RadiopharmaceuticalCodeSequence AnatomicRegionSequence
         AnatomicRegionModifierSequence ViewCodeSequence SegmentedPropertyCategoryCodeSequence
         SegmentedPropertyTypeCodeSequence SegmentedPropertyTypeModifierCodeSequence
-        PurposeOfReferenceCodeSequence DerivationCodeSequence
+        PurposeOfReferenceCodeSequence DerivationCodeSequence PatientOrientationCodeSequence
+        PatientGantryRelationshipCodeSequence
         """,
     Keep.ITEMS: """
         SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PixelMeasuresSequence
@@ -132,7 +137,7 @@ _RULES: dict[Keep, str] = {
     Keep.MAKER: "Manufacturer",
     Keep.EMPTY: """
         PatientBirthDate ReferringPhysicianName AccessionNumber StudyID PositionReferenceIndicator
-        ContentDescription ContentCreatorName ROIInterpreter
+        ContentDescription ContentCreatorName ROIInterpreter OperatorsName AcquisitionContextSequence
         """,
 }
 
@@ -148,6 +153,12 @@ _WORDS: dict[str, str] = {
         MAXIMUM MEAN M P R I M_FFE M_SE M_IR DIFFUSION ADC FA TRACEW T1 T2 SE FFE IR WHOLE|BODY STATIC
         DYNAMIC GATED TOMO EMISSION TRANSMISSION SUBTRACTION PROJECTION|IMAGE REFORMATTED CT_SOM5|SPI
         RECON|TOMO SINGLEPLANE BIPLANE AXIAL_DIXON WATER FAT IN_PHASE OUT_PHASE NORM DIS2D DIS3D ND""",
+    "PatientOrientation": " ".join("".join(way) for n in (1, 2, 3) for way in permutations("APRLFH", n)),
+    "ConversionType": "DV DI DF WSD SD SI DRW SYN",
+    "PresentationIntentType": "FOR|PRESENTATION FOR|PROCESSING",
+    "DetectorType": "DIRECT SCINTILLATOR STORAGE FILM",
+    "CollimatorType": "NONE PARA PINH FANB CONE SLNT ASTG DIVG RING UNKN",
+    "ScanOptions": "PER RG CG PPG FC PFF PFP SP FS",
     "PatientPosition": "HFS HFP HFDR HFDL FFS FFP FFDR FFDL",
     "Laterality ImageLaterality FrameLaterality": "R L U B",
     "ViewPosition": "AP PA LL RL RLD LLD RLO LLO CC MLO ML LM",

@@ -34,6 +34,8 @@ _TM = re.compile(r"(\d{2}(\d{2}(\d{2})?)?)(\.\d{1,6})?")
 _DT = re.compile(r"(\d{8})((\d{2}){0,3})(\.\d{1,6})?([+-]\d{4})?")
 _AGE = re.compile(r"(\d{3})([DWMY])")
 _KNOWN_LATE = frozenset({"1.2.840.10008.5.1.4.1.1.66.7"})  # Label Map Segmentation: newer than pydicom's list
+_LETTERS = {"US": 1 << 13, "UL": 1 << 24}  # in a list of these, two or four letters would be more
+_NEVER_EMPTY = ("RadiopharmaceuticalCodeSequence",)  # PS3.3 C.8.9.2: an item, or none of it
 _DEEPEST = 16  # levels of sequences; PS3.3 needs five
 
 #: substring of (0008,0070) Manufacturer, lower case, to the coded column
@@ -218,9 +220,11 @@ class _Copy:
         if isinstance(rule, Instead):
             return rule.value
         if isinstance(rule, Words):
-            return _each(element, lambda word: word if word in rule.words else None)
+            kept = _each(element, lambda word: word if word in rule.words else None)
+            return "" if kept is None else kept
         if rule is Keep.CODES:
-            return [code for code in map(_known, element.value) if code is not None]
+            codes = [code for code in map(_known, element.value) if code is not None]
+            return codes if codes or element.keyword not in _NEVER_EMPTY else None
         if rule is Keep.ITEMS:
             return None if depth >= _DEEPEST else [self.of(inner, depth + 1) for inner in element.value]
         if rule in (Keep.NUMBER, Keep.BYTES):
@@ -245,8 +249,8 @@ class _Copy:
             case Keep.AGE:
                 return _each(element, _age)
             case Keep.MAKER:
-                return _MAKERS.get(maker(str(element.value)), "")
-        return ""
+                return _MAKERS.get(maker(str(element.value)), "UNNAMED")
+        return [] if element.VR == "SQ" else ""
 
     def _date(self, text: str) -> str | None:
         if len(text) != 8 or not text.isdecimal():
@@ -288,7 +292,7 @@ def _numbers(element: DataElement) -> Any:
     if form is not None:
         texts = [str(getattr(v, "original_string", v)).strip() for v in values]
         return value if all(form.fullmatch(text) for text in texts) else None
-    if element.VR == "UL" and max(values) >= 1 << 24:  # four letters would be more
+    if element.VR in _LETTERS and not most.isdecimal() and max(values) >= _LETTERS[element.VR]:
         return None
     return value
 
@@ -332,7 +336,7 @@ def _meanings() -> Mapping[tuple[str, str], str]:
             known.update({(scheme, value): about[0] for value, about in codes.items()})
     for old, new in dict(mapping["SRT"]).items():
         if ("SCT", new) in known:
-            known["SRT", old] = known["SCT", new]
+            known.update({(scheme, old): known["SCT", new] for scheme in ("SRT", "SNM3", "99SDM")})
     return known
 
 

@@ -22,7 +22,7 @@ from tasks.data.guard import Guard, shared
 from tasks.data.header import Header, begins_dicom, read_header
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import frames
-from tasks.data.released import Released
+from tasks.data.released import REMEDY, Released
 from tasks.data.series import Image, Part, Volume, assemble
 from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason
 
@@ -289,6 +289,6 @@ def _reviewed(case: Found, part: Part, released: Released | None) -> Found:
     """The case, refused where somebody must look at its pixels first."""
     for image in part.images:
         if image.header.doubt and not (released is not None and released.holds(image.path)):
-            fault = Faulty(Reason.BURNED_IN, f"{image.path.name}: {image.header.doubt}")
+            fault = Faulty(Reason.BURNED_IN, f"{image.path.name}: {image.header.doubt}{REMEDY}")
             return replace(case, fault=fault)
     return case

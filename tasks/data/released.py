@@ -10,6 +10,8 @@ from pathlib import Path
 from conf.exits import Exit, Stop
 from conf.files import write_atomic
 
+#: what a refusal says to do
+REMEDY = "; when you have looked at it: wardround-site release FILE"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

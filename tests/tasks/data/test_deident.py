@@ -117,6 +117,8 @@ def test_text_hides_in_no_number_code_or_name() -> None:
     ds = Dataset()
     ds.PatientID = "P"
     ds.Rows = [int.from_bytes(b"JA", "little"), int.from_bytes(b"NE", "little")]
+    ds.SliceVector = [int.from_bytes(b"JA", "little"), int.from_bytes(b"NE", "little")]
+    ds.DimensionIndexValues = [int.from_bytes(b"JANE", "little")]
     ds.ImageType = ["ORIGINAL", "DOE JANE"]
     code = Dataset()
     code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "10200004", "SCT", "Jane's liver"
@@ -128,7 +130,7 @@ def test_text_hides_in_no_number_code_or_name() -> None:
         roi[number - 1].ROINumber, roi[number - 1].ROIName = number, name
     ds.StructureSetROISequence = roi
     out = deidentify(ds, Pseudonyms(KEY), frozenset({"liver"}))
-    assert "Rows" not in out
+    assert not {"Rows", "SliceVector", "DimensionIndexValues"} & set(out.dir())
     assert out.ImageType == "ORIGINAL"
     assert [c.CodeMeaning for c in out.AnatomicRegionSequence] == ["Liver structure (body structure)"]
     assert [r.ROIName for r in out.StructureSetROISequence] == ["LABEL 1", "liver"]
