@@ -6,11 +6,12 @@ C.7.6.16 for multi-frame ones.
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pydicom
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -131,12 +132,14 @@ def opened(path: Path, *, pixels: bool) -> FileDataset:
     """
     with path.open("rb") as file:
         head = file.read(132)
-        file.seek(0)
         bare = head[128:] != _MAGIC
         if not begins_dicom(head):
             raise Faulty(Reason.UNREADABLE, "not a DICOM file")
         seen: list[int] = []
-        ds = read_partial(file, stop_when=None if pixels else partial(_at_pixels, seen), force=bare)
+        # a map, unlike a file, is not asked for the gigabytes that a damaged length names
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            stop = None if pixels else partial(_at_pixels, seen)
+            ds = read_partial(cast("BinaryIO", view), stop_when=stop, force=bare)
     if bare and not _text(ds, "SOPClassUID").startswith("1.2.840.10008."):
         raise Faulty(Reason.UNREADABLE, "not a DICOM file")
     for tag in seen:

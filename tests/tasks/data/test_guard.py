@@ -136,45 +136,39 @@ def test_absurd_sizes_are_refused(tmp_path: Path, guard: Guard, syntax: str, nam
     assert guard.call(header, file(tmp_path / "next.dcm"))[0]["rows"] == 4
 
 
-def worker() -> psutil.Process:
-    (one,) = psutil.Process().children()
-    return one
+def worker(guard: Guard) -> psutil.Process:
+    (one,) = guard._idle
+    return psutil.Process(one._process.pid)
 
 
-@pytest.fixture
-def alone(guard: Guard) -> Guard:
-    """The guard of this module with no worker left of it, so that a test's own worker is the only child."""
-    guard.close()
-    return guard
-
-
-def test_a_worker_is_used_again_and_replaced_after_a_limit(tmp_path: Path, alone: Guard) -> None:
+def test_a_worker_is_used_again_and_replaced_after_a_limit(tmp_path: Path) -> None:
     path = file(tmp_path / "a.dcm")
     with Guard() as guard:
         guard.call(header, path)
-        first = worker()
+        first = worker(guard)
         for _ in range(20):
             guard.call(header, path)
-        assert worker() == first
+        assert worker(guard) == first
         with pytest.raises(Faulty, match="limit"):
             guard.call(header, bomb(tmp_path / "bomb.dcm"))
         guard.call(header, path)
-        assert worker() != first
-    assert not psutil.Process().children()
+        assert worker(guard) != first
+        last = worker(guard)
+    assert not last.is_running()
 
 
-def test_a_worker_can_write_no_file_and_dump_no_core(tmp_path: Path, alone: Guard) -> None:
+def test_a_worker_can_write_no_file_and_dump_no_core(tmp_path: Path) -> None:
     with Guard() as guard:
         guard.call(header, file(tmp_path / "a.dcm"))
         for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
-            assert resource.prlimit(worker().pid, limit) == (0, 0)
+            assert resource.prlimit(worker(guard).pid, limit) == (0, 0)
 
 
-def test_a_hang_ends_at_the_limit_and_the_next_file_is_read(tmp_path: Path, alone: Guard) -> None:
+def test_a_hang_ends_at_the_limit_and_the_next_file_is_read(tmp_path: Path) -> None:
     path = file(tmp_path / "a.dcm")
     with Guard(limit_s=1) as guard:
         guard.call(header, path)
-        stopped = worker()
+        stopped = worker(guard)
         stopped.suspend()
         began = time.monotonic()
         with pytest.raises(Faulty, match=r"a\.dcm: parsing takes more than 1 s") as caught:
@@ -186,11 +180,11 @@ def test_a_hang_ends_at_the_limit_and_the_next_file_is_read(tmp_path: Path, alon
         assert read_header(path, guard).rows == 4
 
 
-def test_a_crash_is_a_refusal(tmp_path: Path, alone: Guard) -> None:
+def test_a_crash_is_a_refusal(tmp_path: Path) -> None:
     path = file(tmp_path / "a.dcm")
     with Guard() as guard:
         guard.call(header, path)
-        victim = worker()
+        victim = worker(guard)
         victim.suspend()
         threading.Timer(0.2, victim.kill).start()
         with pytest.raises(Faulty, match=r"a\.dcm: its parser died \(signal 9\)") as caught:
