@@ -29,11 +29,12 @@ class Found:
     """What a fingerprint run found.
 
     Attributes:
-        merged: over all sites. sites: of each, where each one's answer was kept.
+        merged: over all sites that answered, and how many did. sites: of each, where each answer was kept.
         plan: what the rules make of it, and the decisions with their reasons. compared: the sites.
     """
 
     merged: Fingerprint
+    answered: int
     sites: Mapping[str, Fingerprint]
     plan: Plan
     decisions: tuple[Decision, ...]
@@ -55,11 +56,11 @@ class Found:
         plan, decisions = plan_from(
             merged,
             settings.plan,
-            len(sites) or 1,
+            answered := int(progress.state["answered"]),
             pinned=settings.pinned,
             memory_gb=settings.data.memory_gb,
         )
-        return cls(merged, sites, plan, tuple(decisions), compare(sites))
+        return cls(merged, answered, sites, plan, tuple(decisions), compare(sites))
 
     def write(self, path: Path) -> None:
         """`fingerprint.json`, and the plan as an experiment: `experiment/auto.yaml`."""
@@ -72,7 +73,7 @@ class Found:
         }
         write_atomic(path / "fingerprint.json", json.dumps(tree, sort_keys=True).encode())
         (path / "experiment").mkdir(exist_ok=True)
-        text = fragment(self.decisions, self.merged.patients, len(self.sites))
+        text = fragment(self.decisions, self.merged.patients, self.answered)
         write_atomic(path / "experiment" / "auto.yaml", text.encode())
 
 

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from conf.schema import Plan, Section
 from tasks.data.fingerprint import CELLS, UNITS, Fingerprint, quantile
 
 ANISOTROPIC = 3.0
 """An axis this many times coarser than the finest is treated apart."""
+
+FREE = {"unet": 1, "dyn_unet": 2}
+"""Networks whose depth and strides can be chosen, and the halvings they need at least."""
+
+_FIXED = 4  # halvings of basic_unet
 
 SMALLEST = 4
 """Sides of the network's deepest feature map, at least."""
@@ -106,9 +113,8 @@ def _grid(draft: _Draft, f: Fingerprint, axes: int) -> tuple[list[float], list[f
             f"; axis {coarsest} is over {ANISOTROPIC:g} times coarser, so there the 10th percentile: "
             "resampling to the median would blur the images with thinner slices"
         )
-    held = draft.choose("task.spacing", target, reason)
-    target = [float(s) for s in held] if held and len(held) == axes else target if not held else list(held)
-    if len(target) != axes:
+    target = draft.choose("task.spacing", target, reason)
+    if target is None or len(target) != axes:  # the user's: each image on its own grid
         return spacing, shape
     return target, [n * s / t for n, s, t in zip(shape, spacing, target, strict=True)]
 
@@ -129,6 +135,7 @@ def _intensities(draft: _Draft, f: Fingerprint) -> None:
         return
     cells = CELLS["foreground"]
     low, high = (cells.value(quantile(row, q) or 1) for q in (0.005, 0.995))
+    high = max(high, low + 1)  # HU: a foreground of one value
     mean, deviation = _moments(row, low, high)
     why = "Hounsfield units mean the same everywhere, so all images share fixed numbers"
     draft.choose("task.normalise", "fixed", why)
@@ -146,21 +153,20 @@ def _network(
 ) -> None:
     """Patch, depth, strides, widths and batch."""
     axes = len(shape)
-    channels = draft.given("model.channels") or [16]
-    base, named = int(channels[0]), draft.plan.model.name
-    fixed = named not in ("unet", "dyn_unet")
-    patch, pools = _largest(shape, spacing, base, memory, [4] * axes if fixed else None)
+    base = int((draft.given("model.channels") or [16])[0])
+    halve = _halving(draft, spacing)
+    patch, pools = _largest(shape, halve, base, memory)
     patch = draft.choose(
         "task.patch",
         patch,
         f"the median shape at that spacing is {'x'.join(f'{n:.0f}' for n in shape)}: as near to it as the "
         f"network's halvings and {memory / 1e9:g} GB allow, for a network sees no further than its patch",
     )
-    if not fixed:
-        if "task.patch" in draft.pinned:
-            mm = spacing if len(patch) == axes else [1.0] * len(patch)
-            pools = topology([float(n) for n in patch], mm)
-        widths = draft.choose(
+    if "task.patch" in draft.pinned and len(patch) == axes:
+        twos = [(n & -n).bit_length() - 1 for n in patch]
+        pools = [min(p, most) for p, most in zip(halve(patch), twos, strict=True)]
+    if draft.plan.model.name in FREE:
+        draft.choose(
             "model.channels",
             _widths(base, max(pools), axes),
             f"one level for each of {max(pools)} halvings, until the deepest map would have sides below "
@@ -168,7 +174,7 @@ def _network(
         )
         draft.choose(
             "model.pools",
-            _fitted(pools, patch, len(widths) - 1),
+            pools,
             "each axis is halved while its side allows and its spacing is like the finest; one with fewer "
             "halvings has them at the deeper levels",
         )
@@ -183,13 +189,33 @@ def _network(
     )
 
 
-def topology(sides: Sequence[float], spacing: Sequence[float]) -> list[int]:
-    """Halvings per axis: while a side stays at `SMALLEST` or more, finest spacing first.
+def _halving(draft: _Draft, spacing: Sequence[float]) -> Callable[[Sequence[float]], list[int]]:
+    """How a patch of given sides is halved: by the rule, as far as network and user leave it open."""
+    axes, name = len(spacing), draft.plan.model.name
+    depth = len(draft.given("model.channels")) - 1 if "model.channels" in draft.pinned else 0
+    pools = draft.given("model.pools") if "model.pools" in draft.pinned else []
+
+    def halve(sides: Sequence[float]) -> list[int]:
+        if name not in FREE:
+            return [_FIXED] * axes
+        if pools:
+            return list(pools)
+        made = topology(sides, spacing, depth or MOST_HALVINGS)
+        if pools is None:  # the user wants every axis at every level
+            made = [min(made)] * axes
+        short = (depth or FREE[name]) - max(made)
+        return [n + short for n in made] if depth or short > 0 else made
+
+    return halve
+
+
+def topology(sides: Sequence[float], spacing: Sequence[float], most: int = MOST_HALVINGS) -> list[int]:
+    """Halvings per axis: while a side stays at `SMALLEST` or more, finest spacing first, `most` at most.
 
     An axis is halved together with the finest as soon as its spacing is within a factor of 2.
     """
     left, mm, pools = list(sides), list(spacing), [0] * len(sides)
-    while max(pools) < MOST_HALVINGS:
+    while max(pools) < most:
         able = [a for a, n in enumerate(left) if n / 2 >= SMALLEST]
         if not able:
             break
@@ -201,12 +227,12 @@ def topology(sides: Sequence[float], spacing: Sequence[float]) -> list[int]:
 
 
 def _largest(
-    shape: list[float], spacing: list[float], base: int, memory: float, fixed: list[int] | None
+    shape: list[float], halve: Callable[[Sequence[float]], list[int]], base: int, memory: float
 ) -> tuple[list[int], list[int]]:
     """The largest patch that fits, and its halvings: shrunk where it covers most of the median shape."""
     sides = list(shape)
     while True:
-        pools = fixed or topology(sides, spacing)
+        pools = halve(sides)
         steps = [2**n for n in pools]
         patch = [max(1 if s == 1 else 2, round(n / s)) * s for n, s in zip(sides, steps, strict=True)]
         if 2 * _bytes(patch, _widths(base, max(pools), len(shape)), pools) <= memory:
@@ -231,24 +257,16 @@ def _bytes(patch: Sequence[int], widths: Sequence[int], pools: Sequence[int]) ->
     return 4 * _COPIES * total
 
 
-def _fitted(pools: list[int], patch: Sequence[int], depth: int) -> list[int]:
-    """Halvings that a patch and a depth, given by the user or not, allow."""
-    if max(pools) == depth and all(n % 2**p == 0 for n, p in zip(patch, pools, strict=True)):
-        return pools
-    most = [max(k for k in range(depth + 1) if n % 2**k == 0) for n in patch]
-    return [depth if n == max(most) else n for n in most]
-
-
-def _most(row: Any, name: str) -> float | None:
+def _most(row: Tensor, name: str) -> float | None:
     """The value of the fullest cell, `none` left out."""
     return CELLS[name].value(1 + int(row[1:].argmax())) if float(row[1:].sum()) > 0 else None
 
 
-def _median(row: Any, name: str) -> float:
+def _median(row: Tensor, name: str) -> float:
     return CELLS[name].round_value(quantile(row, 0.5) or 1)
 
 
-def _moments(row: Any, low: float, high: float) -> tuple[float, float]:
+def _moments(row: Tensor, low: float, high: float) -> tuple[float, float]:
     """Mean and standard deviation of a histogram cut at two values."""
     cells = CELLS["foreground"]
     values = [min(max(cells.value(c), low), high) for c in range(1, cells.size)]
@@ -256,7 +274,7 @@ def _moments(row: Any, low: float, high: float) -> tuple[float, float]:
     total = sum(weights)
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
     variance = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / total
-    return mean, max(math.sqrt(variance), 1e-3)
+    return mean, max(math.sqrt(variance), 1.0)  # HU: no finer than the noise
 
 
 def _with(plan: Plan, decisions: Sequence[Decision]) -> Plan:

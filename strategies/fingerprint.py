@@ -18,8 +18,8 @@ _NAME = "fingerprint/sum"
 class Fingerprinting(Strategy):
     """Additive histograms (`tasks.data.fingerprint`), each small cell suppressed before it leaves a site.
 
-    The model stays as it is; the state holds the `merged` histograms and those of each of `sites`, as float64
-    vectors.
+    The model stays as it is; the state holds how many sites `answered`, their `merged` histograms and those
+    of each of `sites`, as float64 vectors.
 
     Attributes:
         per_site: keep what each site answered, for the report on how sites differ; otherwise only the sum
@@ -48,9 +48,10 @@ class Fingerprinting(Strategy):
             sites, "fingerprint", {}, self.spec(study, "fingerprint"), self.fold(), counts=False
         )
         if isinstance(folded, Total):
-            return model, {"merged": folded.sum("fingerprint")["sum"], "sites": {}}
+            return model, {"merged": folded.sum("fingerprint")["sum"], "answered": folded.count, "sites": {}}
         answers = {site: folded.answer(site)[_NAME] for site in folded.rows}
-        return model, {"merged": torch.stack(list(answers.values())).sum(0), "sites": answers}
+        merged = torch.stack(list(answers.values())).sum(0)
+        return model, {"merged": merged, "answered": folded.count, "sites": answers}
 
     def answer(self, stage: str, local: Local) -> tuple[Update, Tree | None]:
         if stage != "fingerprint":

@@ -287,7 +287,7 @@ class Survey:
         if mask is None or not k:
             none = torch.full((k, 3), math.nan, dtype=torch.float64)
             return {"voxels": none[:, 0], "volume": none[:, 0], "position": none}
-        voxels = torch.bincount(mask.flatten().long(), minlength=k + 1)[1 : k + 1].double()
+        voxels = torch.zeros(k, dtype=torch.float64)
         centres = torch.full((k, 3), math.nan, dtype=torch.float64)
         for label in range(1, k + 1):
             here = mask == label
@@ -296,6 +296,7 @@ class Survey:
                 along = here.sum([a for a in range(mask.ndim) if a != axis]).double()
                 middle = torch.arange(side, dtype=torch.float64) + 0.5
                 centres[label - 1, axis] = (along * middle).sum() / along.sum() / side
+            voxels[label - 1] = along.sum()
         return {"voxels": voxels, "volume": voxels * (math.prod(spacing) / 1000), "position": centres}
 
 

@@ -116,6 +116,50 @@ def test_what_the_user_set_stays_and_later_rules_build_on_it() -> None:
     Study.of(made)
 
 
+@pytest.mark.parametrize(
+    ("set_by_hand", "patch", "pools", "levels"),
+    [
+        ({"channels": [8, 16, 32]}, [36, 52, 36], [2, 2, 2], 3),
+        ({"channels": [4, 8, 16, 32, 64]}, [32, 48, 32], [4, 4, 4], 5),
+        ({"pools": [2, 3, 1]}, [36, 48, 36], [2, 3, 1], 4),
+        ({"pools": None}, [32, 48, 32], [3, 3, 3], 4),
+    ],
+)
+def test_a_network_that_the_user_set_gets_a_patch_that_fits(
+    set_by_hand: dict[str, Any], patch: list[int], pools: list[int], levels: int
+) -> None:
+    base = plan()
+    given = base.model_copy(update={"model": Section(name="unet", **set_by_hand)})
+    shape = data((35, 51, 36), [(1, 1, 1)], patients=3)
+    made, found = plan_from(shape, given, 1, pinned=[f"model.{name}" for name in set_by_hand])
+    assert rules(found)["task.patch"] == patch
+    assert {one.setting: one.rule for one in found}["model.pools"] == pools
+    assert len(made.model.parameters["channels"]) == levels
+    Study.of(made)
+
+
+def test_a_patch_that_cannot_be_halved_as_often_gets_a_shallower_network() -> None:
+    made, found = plan_from(
+        data((35, 50, 36), [(1, 1, 1)], patients=3), plan(patch=[36, 48, 20]), 1, pinned=["task.patch"]
+    )
+    assert rules(found)["model.pools"] == [2, 3, 2]
+    Study.of(made)
+
+
+def test_spacing_null_means_each_image_on_its_own_grid() -> None:
+    made, found = plan_from(data((40, 40, 40), [(0.5, 0.5, 0.5)]), plan(), 1, pinned=["task.spacing"])
+    assert made.task.parameters.get("spacing") is None
+    assert rules(found)["task.patch"] == [40, 40, 40]
+
+
+def test_a_foreground_of_one_value_still_makes_a_plan() -> None:
+    case = Case(
+        "a", "a", {"image": torch.zeros(1, 16, 16, 16)}, torch.eye(4).double(), (1.0,) * 3, units="HU"
+    )
+    made, _ = plan_from(Survey(classes=2).of_site([[case]], 1), plan(), 1)
+    Study.of(made)
+
+
 @pytest.mark.parametrize("gb", [0.01, 0.05, 0.5, 8.0])
 def test_less_memory_gives_a_smaller_patch_of_like_proportions(gb: float) -> None:
     found = rules(plan_from(data((64, 128, 64), [(1, 1, 1)], patients=4), plan(), 1, memory_gb=gb)[1])
