@@ -6,6 +6,9 @@ and is taken over when it is whole.
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import socket
 import ssl
 import tempfile
@@ -40,6 +43,7 @@ Find, Move, Get = (f"1.2.840.10008.5.1.4.1.2.2.{n}" for n in (1, 2, 3))
 
 _CONNECT_S = 10.0
 _PDU = 2**17
+_ROOM = 4 * _PDU  # bytes that have to be free
 _MOST = 127  # contexts of an association, beside that of the query
 _PLAIN: list[str | UID] = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 _UNAUTHORISED, _NO_ROOM = 0x0124, 0xA700  # PS3.4 B.2.3
@@ -67,6 +71,7 @@ class Dimse:
         self._handlers: Any = [
             (evt.EVT_CONN_OPEN, self._opened),
             (evt.EVT_DATA_SENT, _prompt),
+            (evt.EVT_DATA_RECV, self._room),
             (evt.EVT_C_STORE, self._arrived),
         ]
         self._open = ExitStack()
@@ -75,7 +80,9 @@ class Dimse:
         self._open.callback(self._hang_up)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and self._link is not None:
+            self._link.abort()  # a polite release would wait for what is still coming
         self._open.close()
 
     def find(self, level: Level, keys: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
@@ -95,30 +102,37 @@ class Dimse:
 
     def fetch(self, instances: Sequence[Instance], shelf: Shelf) -> None:
         """C-GET or C-MOVE of some instances of one series."""
-        self._expected = {i.uid: i for i in instances}
-        self._shelf = shelf
+        self._expected, self._shelf, self._broken = {i.uid: i for i in instances}, shelf, None
         asked = Dataset()
         asked.QueryRetrieveLevel = "IMAGE"
         asked.StudyInstanceUID = instances[0].study
         asked.SeriesInstanceUID = instances[0].series
         asked.SOPInstanceUID = [i.uid for i in instances]
-        with _spooled(shelf.spool):
-            code = 0
-            if self._source.via == "get":
-                classes = frozenset(i.sop_class for i in instances)
-                responses = self._connected(Get, classes).send_c_get(asked, Get)
-            else:
-                self._listen()
-                responses = self._connected(Move).send_c_move(asked, self._source.title, Move)
-            for status, _ in responses:
-                if "Status" not in status:
-                    raise Away("went away")
-                code = int(status.Status)
-        if self._broken is not None:
-            raise self._broken
+        try:
+            with _spooled(shelf.spool):
+                code = self._retrieve(asked, frozenset(i.sop_class for i in instances))
+        finally:
+            if self._broken is not None:
+                raise self._broken
+        if code == _UNAUTHORISED:
+            self._failed(_NAMES[Get if self._source.via == "get" else Move], code)
         if code == _NO_DESTINATION:
             where = f"{self._source.title} at this host, port {self._source.listen}"
             raise Stop(Exit.PACS_REFUSED, f"{self._source.source} cannot move to {where}: enter it there")
+
+    def _retrieve(self, asked: Dataset, classes: frozenset[str]) -> int:
+        """Run a C-GET or C-MOVE to its end; returns its last status."""
+        if self._source.via == "get":
+            responses = self._connected(Get, classes).send_c_get(asked, Get)
+        else:
+            self._listen()
+            responses = self._connected(Move).send_c_move(asked, self._source.title, Move)
+        code = 0
+        for status, _ in responses:
+            if "Status" not in status:
+                raise Away("went away")
+            code = int(status.Status)
+        return code
 
     def _entity(self) -> AE:
         entity = AE(ae_title=self._source.title)
@@ -217,6 +231,19 @@ class Dimse:
         if server is not None:
             self._open.callback(server.shutdown)
 
+    def _room(self, event: evt.Event) -> None:
+        """Hang up before the disk is full: pynetdicom's thread would die of it, and say nothing to us."""
+        transport = event.assoc.dul.socket
+        if (
+            self._shelf is None
+            or shutil.disk_usage(self._shelf.spool).free > _ROOM
+            or self._broken is not None
+        ):
+            return
+        self._broken = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if transport is not None and transport.socket is not None:
+            transport.socket.shutdown(socket.SHUT_RDWR)
+
     def _shown(self) -> ssl.SSLContext:
         """What this site's own listener shows, and whom it lets in: whoever the authority signed.
 
@@ -286,6 +313,8 @@ def _spooled(spool: Path) -> Iterator[None]:
         yield
     finally:
         _config.STORE_RECV_CHUNKED_DATASET, tempfile.tempdir = before
+        for left in spool.iterdir():
+            left.unlink(missing_ok=True)
 
 
 def _way_to(host: str, port: int) -> str:

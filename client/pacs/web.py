@@ -152,7 +152,7 @@ def _results(response: httpx.Response) -> list[dict[str, Any]]:
         results = json.loads(body or b"[]")
         if not all(isinstance(result, dict) for result in results):
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         text = "the archive answers a query with no DICOM JSON: is this the address of its DICOMweb?"
         raise Stop(Exit.PACS_REFUSED, text) from None
     return list(results)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import ipaddress
+import os
+import signal
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +110,46 @@ def test_a_killed_archive_is_asked_for_the_rest_alone(
         assert (pulled.here, pulled.fetched) == (half, len(files) - half)
         assert mortal.given() - before == len(files) - half
         assert pixels(sorted((ram / "pacs").rglob("*.dcm"))) == pixels(files)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_full_disk_is_called_so_and_the_pull_goes_on(
+    way: str, archive: Orthanc, real: Callable[[str], Path], ram: Path
+) -> None:
+    one = pydicom.dcmread(next((real("dicom_series") / "ct_ge_petct_lowdose").rglob("*.dcm")))
+    small = ram / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=2m", "tmpfs", str(small)], check=False, capture_output=True).returncode:
+        if os.environ.get("CI") == "true":
+            pytest.fail("cannot mount a tmpfs; run the tests as root")
+        pytest.skip("needs root to mount a small disk: sudo make test")
+    try:
+        source = WAYS[way](archive, query=(f"SeriesInstanceUID={one.SeriesInstanceUID}",))
+        with pytest.raises(Stop, match=r"disk full while writing .*pull again: what came is kept") as stop:
+            pull(source, small / "pacs")
+        assert stop.value.exit == Exit.DISK_FULL
+        here = len(list(small.rglob("*.dcm")))
+        assert here in (2, 3)
+        subprocess.run([*mount, "remount,size=9m", str(small)], check=True)
+        assert (pulled := pull(source, small / "pacs")).here == here
+        assert (pulled.found, pulled.fetched) == (10, 10 - here)
+        assert not list((small / "pacs" / ".coming").iterdir())
+    finally:
+        gc.collect()  # pynetdicom leaves a file open that never became whole
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_frozen_archive_is_not_waited_for_forever(way: str, archive: Orthanc, ram: Path) -> None:
+    assert archive.process is not None
+    archive.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(Stop, match="0 instances are here") as stop:
+            pull(WAYS[way](archive, query=ALL, timeout_s=0.5), ram / "pacs")
+        assert stop.value.exit == Exit.PACS_AWAY
+    finally:
+        archive.process.send_signal(signal.SIGCONT)
 
 
 def test_a_restarted_archive_is_waited_for(real: Callable[[str], Path], ram: Path) -> None:
