@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import resource
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pydicom
 import pytest
 from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from tasks.data.allowed import ALLOWED, Words
 from tasks.data.deident import Pseudonyms
@@ -194,3 +197,25 @@ def test_doubtful_pixels_wait_for_the_engineer(slices: list[Path], tmp_path: Pat
     ds.save_as(path)
     assert attempt().reason == Reason.BURNED_IN
     assert list(files(tmp_path / "out")) == [tmp_path / "out" / taken.written]
+
+
+def test_a_bomb_is_not_opened(slices: list[Path], tmp_path: Path) -> None:
+    """A few hundred KiB that unfold to 300 MiB (PS3.5 A.5, deflated)."""
+    ds = pydicom.dcmread(slices[0])
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    del ds.PixelData
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "bomb.dcm"
+    ds.save_as(path)
+    whole = path.read_bytes()
+    start = 144 + pydicom.dcmread(path).file_meta.FileMetaInformationGroupLength
+    pack = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+    parts = [pack.compress(zlib.decompress(whole[start:], -zlib.MAX_WBITS))]
+    parts.append(pack.compress(b"\x42\0\x10\0OB\0\0" + (300 << 20).to_bytes(4, "little")))  # (0042,0010)
+    parts += [pack.compress(bytes(1 << 20)) for _ in range(300)]
+    path.write_bytes(whole[:start] + b"".join(parts) + pack.flush())
+    assert path.stat().st_size < 4 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    (outcome,) = export(tmp_path / "in", tmp_path / "out", PSEUDONYMS, Released(tmp_path / "none"))
+    assert outcome.written is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # it burst elsewhere
