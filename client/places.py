@@ -40,6 +40,7 @@ class Places:
 
     @property
     def barred(self) -> Path:
+        """Patients who are not taken in."""
         return self.key.with_name("barred.json")
 
     @property
@@ -48,6 +49,7 @@ class Places:
 
     @property
     def report(self) -> Path:
+        """What the names of an ingest report's files begin with."""
         return self.key.with_name("ingest-report")
 
     @classmethod
