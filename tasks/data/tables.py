@@ -59,7 +59,7 @@ def read_rows(path: Path) -> list[Row]:
         raise Stop(Exit.CONFIG, f"data.manifest {path} cannot be read: {error}") from None
     if not rows:
         raise Stop(Exit.NO_CASES, f"data.manifest {path} has no rows")
-    return [{k: v.strip() for k, v in row.items() if k and isinstance(v, str)} for row in rows]
+    return [{k.strip(): v.strip() for k, v in row.items() if k and isinstance(v, str)} for row in rows]
 
 
 def check_header(rows: Sequence[Row], columns: Columns) -> None:
@@ -122,8 +122,8 @@ def read_cells(row: Row, classes: Mapping[str, str], columns: Columns, names: Na
     labels: dict[str, float] = {}
     unmapped = []
     for column, name in classes.items():
-        if _missing(row[column]):
-            continue
+        if _missing(row[column]) and (names.nonzero or names.find(row[column]) is None):
+            continue  # "none" may well be a class: then the map says so
         value = class_number(row[column], column, names)
         if value is None:
             unmapped.append(row[column])
@@ -132,7 +132,7 @@ def read_cells(row: Row, classes: Mapping[str, str], columns: Columns, names: Na
     table = {
         column: _clinical(row[column], column, kind)
         for column, kind in (columns.table or {}).items()
-        if row[column] in kind or not _missing(row[column])
+        if row[column] in (() if isinstance(kind, str) else kind) or not _missing(row[column])
     }
     return Cells(labels, table, tuple(unmapped), tuple(row[c] for c in (*classes, *(columns.table or ()))))
 

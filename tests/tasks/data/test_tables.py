@@ -31,7 +31,7 @@ def pictures(root: Path, count: int) -> None:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_what_is_missing_is_absent(tmp_path: Path, run: Run, delimiter: str) -> None:
-    rows = ["outcome,age,sex", "1,41.5,Male", ",?,female", "0,NaN,", "1,n/a,none"]
+    rows = ["outcome, age,sex", "1,41.5,Male", ",?,female", "0,NaN,", "1,,none"]
     root = manifest(tmp_path / "d", "\n".join(rows).replace(",", delimiter), "utf-8-sig")
     report, cache = run(root, "manifest.csv", ALONE)
     assert (report.kept, report.refused) == (4, ())
@@ -87,6 +87,17 @@ def test_a_column_of_classes_goes_through_the_map(tmp_path: Path, run: Run) -> N
     left = run(root, "manifest.csv", columns, Naming({"normal": 0}, ignore=True))
     assert left[0].unmapped == {"pneumonia": 1}
     assert sorted(len(left[1].load(e).labels) for e in left[1].entries) == [1, 1, 1]
+
+
+def test_none_is_a_class_where_the_map_says_so(tmp_path: Path, run: Run) -> None:
+    root = manifest(tmp_path / "d", "outcome,grade\nnone,none\nmild,NA\n")
+    columns = Columns(image=None, label="outcome", table={"grade": ("none", "high")})
+    _, cache = run(root, "manifest.csv", columns, {"none": 0, "mild": 1})
+    cases = [cache.load(e) for e in sorted(cache.entries, key=lambda e: e.source)]
+    assert [(dict(c.labels), dict(c.table)) for c in cases] == [
+        ({"label": 0.0}, {"grade": 0.0}),
+        ({"label": 1.0}, {}),
+    ]
 
 
 def test_masks_and_classes_side_by_side(tmp_path: Path, run: Run) -> None:
