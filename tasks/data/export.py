@@ -106,6 +106,9 @@ def export(
                 written = export_file(path, destination, pseudonyms, released, names, barred)
         except Faulty as fault:
             yield Outcome(name, None, fault.reason, fault.detail)
+        except OSError as error:
+            text = f"{destination} cannot be written ({error.strerror}); choose another folder"
+            raise Stop(Exit.CONFIG, text) from None
         else:
             yield Outcome(name, written.relative_to(destination).as_posix())
 
@@ -135,24 +138,21 @@ def export_file(
     Raises:
         Faulty: why it is not written.
     """
-    _guarded(path)
     with reading(path):
+        _guarded(path)
         dataset = pydicom.dcmread(path)
-        syntax = str(dataset.file_meta.get("TransferSyntaxUID") or "")
-    _check(dataset)
-    if uid.UID(syntax).is_private or not uid.UID(syntax).is_transfer_syntax:
-        raise Faulty(Reason.UNREADABLE, f"{syntax or 'no'} transfer syntax; need one of PS3.5")
-    if pseudonyms.patient(identity(dataset)) in barred:
+        _check(dataset)
+        patient, why = pseudonyms.patient(identity(dataset)), doubt(dataset, leaving=True)
+    if patient in barred:
         raise Faulty(Reason.BARRED, "forgotten on request")
-    why = doubt(dataset, leaving=True)
     if why and not released.holds(path):
         raise Faulty(Reason.BURNED_IN, why + REMEDY)
     with reading(path):
         out = deidentify(dataset, pseudonyms, names)
         if why or str(dataset.get("BurnedInAnnotation") or "") == "NO":
             out.BurnedInAnnotation = "NO"
-        target = destination / str(out.PatientID) / str(out.SeriesInstanceUID) / f"{out.SOPInstanceUID}.dcm"
-        blob = _encoded(out, syntax)
+        target = destination / patient / str(out.SeriesInstanceUID) / f"{out.SOPInstanceUID}.dcm"
+        blob = _encoded(out, dataset.file_meta.TransferSyntaxUID)
     _write_new(target, blob)
     return target
 
@@ -180,6 +180,9 @@ def _check(dataset: Dataset) -> None:
         raise Faulty(Reason.NO_PATIENT, "no PatientID (0010,0020)")
     if kind not in _LABELS and not any(name in dataset for name in _PIXELS):
         raise Faulty(Reason.OBJECT, "an image without pixels")
+    syntax = uid.UID(str(dataset.file_meta.get("TransferSyntaxUID") or ""))
+    if syntax.is_private or not syntax.is_transfer_syntax:
+        raise Faulty(Reason.UNREADABLE, f"{syntax or 'no'} transfer syntax; need one of PS3.5")
 
 
 def _encoded(out: Dataset, syntax: str) -> bytes:

@@ -46,8 +46,7 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def plantable(tags: list[int]) -> list[int]:
-    """Text, identifiers and dates; of what the image needs, only what holds no marker is left out."""
-
+    """Tags but for those that make the file an image, or whose numbers an option keeps."""
     return [t for t in tags if t >> 16 > 2 and keyword_for_tag(t) not in SPARED | NUMBERS]
 
 
@@ -63,7 +62,7 @@ def canary_file(path: Path, source: Path, tags: list[int]) -> Canary:
         setattr(level, outer, [inner])
         level.PatientName, level.ImageComments = canary.text(), canary.text()
         inner = level
-    canary.plant(ds, [tag for tag in tags if not (0x0028 <= tag >> 16 <= 0x0028 and numeric(ds, tag))])
+    canary.plant(ds, [tag for tag in tags if not (tag >> 16 == 0x0028 and numeric(ds, tag))])
     for name in ("PerFrameFunctionalGroupsSequence", "RequestAttributesSequence"):
         setattr(ds, name, [inner])
     canary.around(ds)
