@@ -275,6 +275,8 @@ def _case(name: str, part: Part, masks: Sequence[Path], *, with_masks: bool, gua
         fault = Faulty(Reason.NO_PATIENT, "no PatientID (0010,0020)")
     elif with_masks and not masks and fault is None:
         fault = Faulty(Reason.NO_MASK, "no SEG or RTSTRUCT refers to it")
+    elif masks and part.volume is None and fault is None:
+        fault = Faulty(Reason.MASK_KIND, "a DICOM mask of a flat image is not read")
     read: Callable[[LabelMap], Raw] = partial(read_flat, part.images[0], guard=guard)
     if part.volume is not None:
         read = partial(_masked, part.volume, tuple(sorted(masks)), guard)
