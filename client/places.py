@@ -29,13 +29,12 @@ class Places:
     """What a site keeps of its patients.
 
     Attributes:
-        key: names patients. barred: patients who are not taken in. released: files
-            whose pixels the engineer has looked at. report: start of the names of the
-            ingest report's files. audit: the log of decisions.
+        key: names patients. state: for reports and the like. audit: the log of decisions.
     """
 
     cache: Path
     key: Path
+    state: Path
     audit: Path
 
     @property
@@ -45,18 +44,19 @@ class Places:
 
     @property
     def released(self) -> Path:
+        """Files whose pixels the engineer has looked at."""
         return self.key.with_name("released")
 
     @property
     def report(self) -> Path:
         """What the names of an ingest report's files begin with."""
-        return self.key.with_name("ingest-report")
+        return self.state / "ingest-report"
 
     @classmethod
     def beside(cls, cache: Path, key: Path | None = None) -> Places:
         """Those of a cache without a site's file."""
-        key = key or cache.parent / "state" / "patient.key"
-        return cls(cache, key, key.parent.parent / "audit.jsonl")
+        state = cache.parent / "state"
+        return cls(cache, key or state / "patient.key", state, cache.parent / "audit.jsonl")
 
 
 def site_file(given: Path | None) -> SiteFile | None:

@@ -120,7 +120,7 @@ class SiteFile(Frozen):
     @property
     def places(self) -> Places:
         """What the site keeps of its patients."""
-        return Places(self.cache, self.key, self.audit)
+        return Places(self.cache, self.key, self.state, self.audit)
 
     def parts(self, entries: Sequence[Entry]) -> Mapping[str, Sequence[Entry]]:
         """The site's cases by split.

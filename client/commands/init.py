@@ -73,20 +73,21 @@ def init(
     except ValidationError:
         accepted = "letters, digits, - _ and . (64 at most), a letter or digit first"
         raise Stop(Exit.CONFIG, f"--name {name!r}; accepted are {accepted}") from None
-    file = folder / NAME
+    file, key = folder / NAME, folder / "state" / "patient.key"
     if file.exists():
         raise Stop(Exit.CONFIG, f"{file} exists; nothing was changed: edit it, or choose another folder")
-    for place in (folder, folder / "cache", folder / "state", folder / "run"):
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place.chmod(0o700)
-    if data is None:
-        (folder / "data").mkdir(mode=0o700, exist_ok=True)
-    key = folder / "state" / "patient.key"
-    audit = Audit(folder / "audit.jsonl")
-    audit.add("init", site=name, key=fingerprint(patient_key(key)))
-    # JSON's quoted text is YAML's too
-    text = _FILE.format(name=_quoted(name), root=_quoted(str(data.absolute() if data else "data")))
-    write_atomic(file, text.encode(), mode=0o600)  # last: a site without it is made again
+    try:
+        for place in (folder, folder / "cache", folder / "state", folder / "run"):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            place.chmod(0o700)
+        if data is None:
+            (folder / "data").mkdir(mode=0o700, exist_ok=True)
+        Audit(folder / "audit.jsonl").add("init", site=name, key=fingerprint(patient_key(key)))
+        # JSON's quoted text is YAML's too
+        text = _FILE.format(name=_quoted(name), root=_quoted(str(data.absolute() if data else "data")))
+        write_atomic(file, text.encode(), mode=0o600)  # last: a site without it is made again
+    except OSError as error:
+        raise Stop(Exit.CONFIG, f"{folder} cannot be made a site's folder: {error.strerror}") from None
     typer.echo(
         f"{file} describes site {name}; {key} names its patients: keep a copy where only you can read it"
     )

@@ -44,7 +44,7 @@ def site(ram: Path, capsys: pytest.CaptureFixture[str]) -> Places:
     (ram / "site.yaml").write_text(text.replace("cache: cache ", columns + "\ncache: cache "))
     assert take(ram) == Exit.OK
     capsys.readouterr()
-    return Places(ram / "cache", ram / "state" / "patient.key", ram / "audit.jsonl")
+    return Places(ram / "cache", ram / "state" / "patient.key", ram / "state", ram / "audit.jsonl")
 
 
 def take(folder: Path) -> int:

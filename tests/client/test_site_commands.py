@@ -58,6 +58,13 @@ def test_nothing_is_overwritten_and_a_broken_off_init_is_completed(
     assert (home / "state" / "patient.key").read_bytes() == key
 
 
+def test_a_place_that_is_no_folder(ram: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (ram / "x").write_text("a file")
+    assert code(app, ["init", str(ram / "x"), "--name", "north"]) == Exit.CONFIG
+    assert "cannot be made a site's folder: " in capsys.readouterr().err
+    assert (ram / "x").read_text() == "a file"
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "-x", "x" * 65, "ä"])
 def test_names_that_are_none(ram: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert code(app, ["init", str(ram / "x"), f"--name={name}"]) == Exit.CONFIG
@@ -123,6 +130,16 @@ def test_wrong_words_are_one_line(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert message in said[0]
+
+
+def test_a_key_elsewhere_keeps_the_rest_beside_the_cache(ram: Path) -> None:
+    pictures(ram / "data")
+    key = ram / "keys" / "deep" / "patient.key"
+    assert (
+        code(app, ["ingest", str(ram / "data"), "--cache", str(ram / "c"), "--key-file", str(key)]) == Exit.OK
+    )
+    assert [p.name for p in (ram / "keys").rglob("*")] == ["deep", "patient.key"]
+    assert (ram / "state" / "ingest-report.html").is_file()
 
 
 def test_an_archive_outside_the_data_root_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
