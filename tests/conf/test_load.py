@@ -300,3 +300,19 @@ def test_help_names_every_group(empty: Path) -> None:
 def test_wrong_flags_are_refused(empty: Path, argv: list[str], part: str) -> None:
     with pytest.raises(Stop, match=part):
         main(argv, print)
+
+
+def test_settings_given_by_hand_are_noted_and_no_others(empty: Path) -> None:
+    given = [
+        "+experiment=hippocampus",
+        ROOT,
+        "task.patch=[8,8,8]",
+        "+model.pools=null",
+        "local=sgd",
+        "local.lr=1",
+    ]
+    assert compose([o for o in given if not o.startswith("+model")]).pinned == ("local.lr", "task.patch")
+    assert compose([ROOT, "pinned=[task.spacing]", "seed=3"]).pinned == ("task.spacing",)
+    seen: list[tuple[str, ...]] = []
+    main(["-m", ROOT, "local.steps=1,2"], lambda settings: seen.append(settings.pinned))
+    assert seen == [("local.steps",)] * 2

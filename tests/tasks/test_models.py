@@ -72,3 +72,30 @@ def test_unknown_model_lists_the_known() -> None:
 def test_tables_load_no_torch() -> None:
     code = "import sys, tasks.models, tasks.losses; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["unet", "dyn_unet"])
+@pytest.mark.parametrize(
+    ("pools", "sides"), [((2, 2, 1), (8, 12, 6)), ((1, 2, 0), (6, 8, 5)), ((2, 2), (8, 12))]
+)
+def test_pools_are_halvings_per_axis(name: str, pools: tuple[int, ...], sides: tuple[int, ...]) -> None:
+    model = MODELS.build(
+        Section(name=name, channels=[4, 4, 8], pools=list(pools)),
+        in_channels=1,
+        out_channels=2,
+        dimensions=len(sides),
+    )
+    deepest: list[tuple[int, ...]] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            layer.register_forward_hook(lambda _, __, out: deepest.append(tuple(out.shape[2:])))
+    assert model(torch.zeros(1, 1, *sides)).shape == (1, 2, *sides)
+    assert min(deepest) == tuple(n // 2**p for n, p in zip(sides, pools, strict=True))
+
+
+@pytest.mark.parametrize("pools", [[1, 1, 1], [3, 2, 2], [2, 2]])
+def test_pools_that_do_not_fit_the_levels_are_refused(pools: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"model\.pools is .*; with 3 levels and 3 axes it needs 3 numbers"):
+        MODELS.build(
+            Section(name="unet", channels=[4, 4, 8], pools=pools), in_channels=1, out_channels=2, dimensions=3
+        )

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.data.resample import grid, hardest, resample, resample_mask, window, zscore
+from tasks.data.resample import fixed, grid, hardest, resample, resample_mask, window, zscore
 
 
 def test_growing_equals_trilinear() -> None:
@@ -75,3 +75,8 @@ def test_zscore_takes_large_images() -> None:
 def test_window_maps_its_ends() -> None:
     hu = torch.tensor([-1000.0, -160, 40, 240, 3000])
     assert window(hu, -160, 240).tolist() == pytest.approx([-1, -1, 0, 1, 1])
+
+
+def test_fixed_numbers_are_the_same_for_every_image() -> None:
+    hu = torch.tensor([-1000.0, -100, 40, 300, 3000])
+    assert fixed(hu, -100, 300, 40, 70).tolist() == pytest.approx([-2, -2, 0, 260 / 70, 260 / 70])
