@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+_HYDRA = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+Folder = Annotated[Path, typer.Argument(help="the coordinator's: keys/, sites.json, runs/")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]
 
 
@@ -31,14 +33,7 @@ def options(
     """Federated training for hospitals: shared models, local patients."""
 
 
-@app.command(
-    add_help_option=False,
-    context_settings={
-        "ignore_unknown_options": True,
-        "allow_extra_args": True,
-        "allow_interspersed_args": False,
-    },
-)
+@app.command(add_help_option=False, context_settings=_HYDRA)
 def simulate(context: typer.Context) -> None:
     """Train over simulated sites on this machine: Hydra overrides, --cfg job, -m, --help."""
     from conf.load import main as compose_and_run
@@ -86,6 +81,15 @@ def _fingerprint(settings: Settings) -> None:
 @app.command()
 def resume(run: RunFolder) -> None:
     """Continue an interrupted run; it ends with the same bytes as an undisturbed one."""
+    from server.runfolder import deployed
+
+    if deployed(run):
+        from server.house import of_run
+
+        house, opened = of_run(run)
+        house.resume(opened)
+        typer.echo(f"{run} goes on; see: wardround status {house.folder}")
+        return
     from server.report.table import show
     from server.simulate import resume as again
 
@@ -117,6 +121,62 @@ def report(
         from server.report.figure import figure
 
         figure(run, examples(run), picture)
+
+
+@app.command()
+def serve(
+    folder: Folder,
+    port: Annotated[int, typer.Option(help="of SuperLink, on 127.0.0.1")] = 9000,
+) -> None:
+    """Run SuperLink and the coordinator from a folder of keys, until told to stop."""
+    from server.house import House
+
+    House(folder.absolute(), port).serve(typer.echo)
+
+
+@app.command(add_help_option=False, context_settings=_HYDRA)
+def submit(context: typer.Context) -> None:
+    """Freeze a plan and run it at the sites: FOLDER as it is served, then as `simulate`."""
+    from conf.exits import Exit, Stop
+
+    folder, *overrides = context.args or [""]
+    if not folder or folder.startswith("-") or "=" in folder:
+        raise Stop(
+            Exit.USAGE, "submit needs the coordinator's folder first: wardround submit FOLDER [overrides]"
+        )
+    from conf.load import main as compose_and_run
+    from server.house import House
+
+    house = House.served(Path(folder).absolute())
+    # whatever the sites have: their data are set in their own site.yaml
+    compose_and_run(["data.root=.", *overrides], lambda settings: typer.echo(house.submit(settings).path))
+
+
+@app.command()
+def status(folder: Folder) -> None:
+    """Show a served folder: sites that are online, runs and how far they are."""
+    from server.house import House
+
+    typer.echo("\n".join(House.served(folder.absolute()).status()))
+
+
+@app.command()
+def logs(
+    run: RunFolder, lines: Annotated[int, typer.Option(min=1, help="of the end that are shown")] = 50
+) -> None:
+    """Print the end of a deployed run's log."""
+    path = run / "log.txt"
+    text = path.read_text() if path.exists() else ""
+    typer.echo("\n".join(text.splitlines()[-lines:]))
+
+
+@app.command()
+def stop(run: RunFolder) -> None:
+    """Stop a deployed run, here and at its sites; `resume` goes on with it."""
+    from server.house import of_run
+
+    house, opened = of_run(run)
+    typer.echo(house.stop(opened))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
+import httpx
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -21,7 +22,10 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
 )
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
+
+from conf.exits import Exit, Stop
 
 FLOWER = "1.41.0"
 if version("flwr") != FLOWER:
@@ -63,10 +67,20 @@ class Control:
 
     client: ControlHttpClient
 
-    def register(self, name: str, key: str) -> int:
-        """Let the node with this public key (PEM) in; returns its number."""
-        request = RegisterNodeRequest(public_key=key.encode(), name=name)
-        return int(self.client.RegisterNode(request).node_id)
+    def register(self, name: str, key: str) -> None:
+        """Let the node with this public key (PEM) in; one that is let in already stays.
+
+        Raises:
+            Stop: (`CONFIG`) it is no key.
+        """
+        try:
+            self.client.RegisterNode(RegisterNodeRequest(public_key=key.encode(), name=name))
+        except httpx.HTTPStatusError as error:
+            said = FlowerError.from_json(error.response.text)
+            if said is None or said.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                raise Stop(
+                    Exit.CONFIG, f"public key of site {name} is not taken; need an elliptic curve key, PEM"
+                ) from None
 
     def online(self) -> int:
         """How many nodes are online."""

@@ -36,6 +36,8 @@ from tasks.start import HEAVY, without_plots
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
+_FORMAT = "%(asctime)s %(message)s"
+
 log = logging.getLogger(__name__)
 
 
@@ -71,6 +73,9 @@ class Coordinator:
             post.end(folder.id)
             return
         said = Exit.INTERNAL.name
+        book = logging.FileHandler(folder.path / "log.txt")
+        book.setFormatter(logging.Formatter(_FORMAT))
+        logging.getLogger().addHandler(book)
         try:
             self.conduct(post, folder)
             said = "completed"
@@ -83,6 +88,8 @@ class Coordinator:
             said = ""
             raise
         finally:
+            logging.getLogger().removeHandler(book)
+            book.close()
             if said:
                 folder.end(said)
 
@@ -156,7 +163,7 @@ def main(arguments: list[str] | None = None, preload: Sequence[str] = HEAVY) -> 
     )
     parser.add_argument("--metrics", type=int, help="port on 127.0.0.1 for Prometheus")
     asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format=_FORMAT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     link = Link(asked.superlink, asked.certificates.read_bytes(), asked.secret.read_bytes())
     sites = json.loads(asked.sites.read_text())

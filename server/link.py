@@ -167,9 +167,10 @@ class Link:
             settle: called before another task is taken.
         """
         held = self._held(token)
-        if held is None:
+        while held is None:
             self._settle(settle, pause_s)
-            held = self._acquire(token, pause_s)
+            self._acquire(token, pause_s)
+            held = self._held(token)
         kept, grid = held
         run = run_from_proto(RunProto.FromString(bytes.fromhex(kept["run"])))
         grid.set_run(run)
@@ -204,7 +205,8 @@ class Link:
                 token.unlink(missing_ok=True)
             grid.close()
 
-    def _acquire(self, token: Path, pause_s: float) -> tuple[dict[str, str], HttpGrid]:
+    def _acquire(self, token: Path, pause_s: float) -> None:
+        """Wait for a task and keep its token, before it counts as running: from then on it can be lost."""
         interceptors: list[ProtobufClientInterceptor] = [
             RuntimeVersionHttpInterceptor(component_name="SuperExec"),
             SuperExecAuthHttpInterceptor(
@@ -228,11 +230,7 @@ class Link:
                 time.sleep(pause_s)
         finally:
             client.close()
-        _keep(token, {"token": given})  # before the task counts as running: from then on it can be lost
-        held = self._held(token)
-        if held is None:
-            raise Stop(Exit.LINK, "SuperLink gave a task and took it back; start again")
-        return held
+        _keep(token, {"token": given})
 
     def _held(self, token: Path) -> tuple[dict[str, str], HttpGrid] | None:
         """The task whose token is kept, if SuperLink still takes it."""

@@ -120,5 +120,13 @@ def prepare(
     return RunFolder.create(path, settings, sites)
 
 
+def deployed(path: Path) -> bool:
+    """Whether it is the directory of a run at real sites."""
+    try:
+        return RunFolder.open(path.absolute()).settings.runtime.name == "flower"
+    except Stop:
+        return False
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

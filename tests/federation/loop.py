@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Plan
-from deploy.loopback import PROJECT, Loopback
+from deploy.loopback import Loopback
+from server.house import PROJECT
 from tests.toys import Toys, toy_cases
 
 SITES = list(toy_cases())

@@ -1,0 +1,245 @@
+"""The coordinator's folder: keys, sites, runs; what is started from it, and what an operator does with it.
+
+FOLDER/keys/        ca.crt, server.crt, server.key, superexec (a secret of 32 bytes)
+FOLDER/sites.json   each site's name and its node's public key (PEM)
+FOLDER/runs/        run directories
+FOLDER/superlink.json   where SuperLink listens, while it is served
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from conf.exits import Exit, Stop
+from conf.files import write_atomic
+from conf.schema import Baseline, Data, Runtime, Settings
+from server.control import Control, bundle, control
+from server.progress import note
+from server.runfolder import RunFolder
+from server.supervisor import Supervisor
+
+PROJECT = Path(__file__).resolve().parents[1]
+_KEYS = ("ca.crt", "server.crt", "server.key", "superexec")
+
+
+@dataclass(frozen=True)
+class House:
+    """A coordinator's folder, and the port on 127.0.0.1 where its SuperLink listens."""
+
+    folder: Path
+    port: int
+
+    @classmethod
+    def served(cls, folder: Path) -> House:
+        """The folder, as it is being served.
+
+        Raises:
+            Stop: (`LINK`) it is not.
+        """
+        try:
+            return cls(folder, int(json.loads((folder / "superlink.json").read_bytes())["port"]))
+        except (OSError, ValueError, KeyError):
+            raise Stop(Exit.LINK, f"{folder} is not served; start it: wardround serve {folder}") from None
+
+    @property
+    def keys(self) -> Path:
+        """Certificates and secrets."""
+        return self.folder / "keys"
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """Each site's public key.
+
+        Raises:
+            Stop: (`CONFIG`).
+        """
+        path = self.folder / "sites.json"
+        try:
+            sites: dict[str, str] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise Stop(Exit.CONFIG, f"{path} cannot be read ({type(error).__name__})") from None
+        if not sites or not all(isinstance(key, str) for key in sites.values()):
+            raise Stop(Exit.CONFIG, f"{path} names no site; need site names with their public keys (PEM)")
+        return sites
+
+    def to_superlink(self) -> list[str]:
+        """Arguments of whoever connects to SuperLink."""
+        certificates = str(self.keys / "ca.crt")
+        return ["--superlink", f"127.0.0.1:{self.port}", "--certificates", certificates]
+
+    def superlink(self) -> list[str]:
+        """SuperLink's command."""
+        keys, binary = self.keys, Path(sys.executable).parent / "flower-superlink"
+        return [
+            *(str(binary), "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--ssl-ca-certfile", str(keys / "ca.crt")),
+            *("--ssl-certfile", str(keys / "server.crt"), "--ssl-keyfile", str(keys / "server.key")),
+            "--enable-supernode-auth",
+            *("--isolation", "process", "--superexec-auth-secret-file", str(keys / "superexec")),
+            *("--database", str(self.folder / "superlink.db")),
+            "--disable-runtime-dependency-installation",
+        ]
+
+    def coordinator(self, module: str = "server.coordinator") -> list[str]:
+        """The coordinator's command."""
+        return [
+            *(sys.executable, "-m", module, *self.to_superlink()),
+            *("--secret", str(self.keys / "superexec"), "--sites", str(self.folder / "sites.json")),
+            *("--runs", str(self.folder / "runs"), "--token", str(self.folder / "task.json")),
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Of the processes: Flower sends no telemetry, and keeps its files here."""
+        home = str(self.folder / "home")
+        return {
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONPATH": str(PROJECT),
+            "HOME": home,
+            "FLWR_HOME": home,
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+            **{k: v for k, v in os.environ.items() if k.startswith(("WARDROUND_", "LD_LIBRARY"))},
+        }
+
+    def supervisor(self) -> Supervisor:
+        """Keeps the processes of this folder going."""
+        (self.folder / "home").mkdir(exist_ok=True)
+        return Supervisor(self.folder, self.folder / "log", self.environment())
+
+    def control(self) -> AbstractContextManager[Control]:
+        """What an operator can do at SuperLink."""
+        return control(f"127.0.0.1:{self.port}", (self.keys / "ca.crt").read_bytes())
+
+    def healthy(self) -> bool:
+        """Whether SuperLink answers."""
+        trusted = ssl.create_default_context(cafile=str(self.keys / "ca.crt"))
+        with suppress(httpx.HTTPError):
+            at = f"https://127.0.0.1:{self.port}/health"
+            return httpx.get(at, verify=trusted, trust_env=False).status_code == httpx.codes.OK
+        return False
+
+    def register(self) -> None:
+        """Let in the nodes of all sites; those that are let in already stay."""
+        with self.control() as superlink:
+            for site, key in self.sites.items():
+                superlink.register(site, key)
+
+    # ---- what commands do
+
+    def serve(self, ready: Callable[[str], None]) -> None:
+        """Run SuperLink and the coordinator until told to stop.
+
+        Raises:
+            Stop: (`CONFIG`, `LINK`) a key is missing; SuperLink does not come up.
+        """
+        if missing := [name for name in _KEYS if not (self.keys / name).is_file()]:
+            raise Stop(Exit.CONFIG, f"{self.keys} lacks {', '.join(missing)}")
+        count = len(self.sites)
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        with self.supervisor() as processes:
+            processes.start("superlink", self.superlink())
+            processes.start("coordinator", self.coordinator())
+            until("SuperLink", self.healthy, f"logs: {processes.logs}")
+            self.register()
+            write_atomic(self.folder / "superlink.json", json.dumps({"port": self.port}).encode())
+            ready(f"serving {count} sites at 127.0.0.1:{self.port}")
+            stop.wait()
+        (self.folder / "superlink.json").unlink(missing_ok=True)
+
+    def submit(self, settings: Settings) -> RunFolder:
+        """Freeze a plan into a run directory, and start the run.
+
+        Raises:
+            Stop: (`CONFIG`, `RUN_EXISTS`, `LINK`).
+        """
+        if other := sorted(set(settings.baselines) - {"trivial"}):
+            note(f"left out: baselines {', '.join(other)} would need the cases here")
+        path = self.folder / "runs" / Path(settings.run.dir or settings.run.experiment).name
+        data, runtime = Data(root="each site's own"), Runtime(name="flower")
+        own: tuple[Baseline, ...] = ("trivial",) if "trivial" in settings.baselines else ()
+        given = settings.model_copy(update={"data": data, "runtime": runtime, "baselines": own})
+        if not self.healthy():
+            raise Stop(
+                Exit.LINK, f"SuperLink does not answer at 127.0.0.1:{self.port}; see {self.folder}/log"
+            )
+        made = RunFolder.create(path, given, list(self.sites))
+        with self.control() as superlink:
+            superlink.start(bundle(), {"run": path.name})
+        return made
+
+    def status(self) -> list[str]:
+        """A line on the sites, and one for each run."""
+        with self.control() as superlink:
+            lines = [f"{superlink.online()} of {len(self.sites)} sites are online at 127.0.0.1:{self.port}"]
+        for path in sorted((self.folder / "runs").glob("*/run.json")):
+            run, timing = RunFolder.open(path.parent), path.with_name("timing.jsonl")
+            done = len(timing.read_text().splitlines()) if timing.exists() else 0
+            rounds = run.settings.plan.federation.rounds
+            lines.append(f"{run.path.name}: {min(done, rounds)} of {rounds} rounds, {run.said or 'goes on'}")
+        return lines
+
+    def stop(self, run: RunFolder) -> str:
+        """Stop a run here and at its sites; how it ended.
+
+        Raises:
+            Stop: (`LINK`) the coordinator does not take notice.
+        """
+        if run.said:
+            return run.said
+        with self.control() as superlink:
+            active = [e for e in superlink.runs() if e.name == run.path.name and e.status != "finished"]
+            for entry in active:
+                superlink.stop(entry.id)
+        if all(entry.status == "pending" for entry in active):  # the coordinator has not seen it
+            run.end("stopped")
+        until("the run's end", lambda: bool(run.said), f"is the coordinator up? logs: {self.folder}/log", 30)
+        return run.said
+
+    def resume(self, run: RunFolder) -> None:
+        """Start a run again that has ended before its last round; one that goes on is left alone."""
+        if run.said in ("", "completed"):
+            return
+        run.reopen()
+        with self.control() as superlink:
+            superlink.start(bundle(), {"run": run.path.name})
+
+
+def of_run(path: Path) -> tuple[House, RunFolder]:
+    """The served folder that a run directory is in, and the run.
+
+    Raises:
+        Stop: (`NO_RUN`, `LINK`).
+    """
+    run = RunFolder.open(path.absolute())
+    return House.served(run.path.parent.parent), run
+
+
+def until(
+    what: str, true: Callable[[], bool], hint: str, seconds: float = 60.0, pause_s: float = 0.05
+) -> None:
+    """Wait for something.
+
+    Raises:
+        Stop: (`LINK`) it did not come.
+    """
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            raise Stop(Exit.LINK, f"{what} did not come within {seconds:g} s; {hint}")
+        time.sleep(pause_s)
