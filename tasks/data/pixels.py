@@ -79,7 +79,7 @@ def suv_factor(ds: Dataset) -> float | None:
     """What turns rescaled PET values into SUVbw (g/ml); None where attributes are missing or contradict."""
     try:
         return _suv_factor(ds)
-    except (ValueError, TypeError, AttributeError, IndexError, ZeroDivisionError, OverflowError):
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         return None
 
 
@@ -87,6 +87,9 @@ def _suv_factor(ds: Dataset) -> float | None:
     units = str(ds.get("Units") or "").strip()  # (0054,1001)
     if units == "GML":
         return 1.0 if str(ds.get("SUVType") or "BW").strip() == "BW" else None  # (0054,1006)
+    if units == "CNTS":  # Philips keeps the factor in a private element (7053,xx00)
+        factor = float(ds.private_block(0x7053, "Philips PET Private Group")[0x00].value)
+        return factor if 0 < factor < np.inf else None
     corrected = ds.get("CorrectedImage") or ()  # (0028,0051)
     if units != "BQML" or "DECY" not in corrected or "ATTN" not in corrected:
         return None

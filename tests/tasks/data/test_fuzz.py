@@ -19,7 +19,7 @@ from tasks.data.guard import Guard
 from tasks.data.source import Faulty
 from tests.conftest import DATA
 
-SECONDS = 300 if os.environ.get("WARDROUND_CHAOS") else 8
+SECONDS = 300 if os.environ.get("WARDROUND_CHAOS") else 4
 LIMIT = 256 << 20
 LIMIT_S = 20
 ITSELF = 200 << 20  # bytes that Python with NumPy and the decoders takes

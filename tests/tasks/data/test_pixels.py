@@ -215,6 +215,17 @@ def test_suv_needs_attributes_that_agree(changes: dict[str, object]) -> None:
     assert suv_factor(pet(**changes)) is None
 
 
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("0.000551", 0.000551), ("0", None), ("-1", None), (None, None)]
+)
+def test_suv_of_counts_needs_the_makers_factor(value: str | None, wanted: float | None) -> None:
+    ds = pet(Units="CNTS")
+    block = ds.private_block(0x7053, "Philips PET Private Group", create=True)
+    if value is not None:
+        block.add_new(0x00, "DS", value)
+    assert suv_factor(ds) == wanted
+
+
 def test_suv_decayed_to_the_injection_needs_no_time() -> None:
     ds = pet(DecayCorrection="ADMIN", SeriesTime=None, AcquisitionTime=None)
     assert suv_factor(ds) == pytest.approx(70_000 / 400e6)
