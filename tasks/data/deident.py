@@ -217,6 +217,8 @@ class _Copy:
         """The value that stays; None: the element goes."""
         if element.VR not in dictionary_VR(element.tag).split(" or "):
             return None
+        if element.VR != "SQ" and (_most(element) or element.VM) < element.VM:
+            return None
         if isinstance(rule, Instead):
             return rule.value
         if isinstance(rule, Words):
@@ -267,6 +269,12 @@ class _Copy:
         return None if parts is None or day is None else day + parts[2]
 
 
+def _most(element: DataElement) -> int | None:
+    """How many values PS3.6 allows, so that no text hides in a list of numbers; None: any number."""
+    most = dictionary_VM(element.tag).rpartition("-")[2]
+    return int(most) if most.isdecimal() else None
+
+
 def _each(element: DataElement, change: Any) -> Any:
     """Every value of an element, changed; empty values stay, and what changes to None goes."""
     value = element.value
@@ -278,21 +286,18 @@ def _each(element: DataElement, change: Any) -> Any:
 
 
 def _numbers(element: DataElement) -> Any:
-    """Numbers of the multiplicity that PS3.6 gives, so that no text hides in a list of them."""
+    """The numbers of an element, where no text hides among them."""
     value = element.value
     if value is None or value == "":
         return ""
     if isinstance(value, bytes):
         return None
     values = value if isinstance(value, MultiValue | list) else [value]
-    most = dictionary_VM(element.tag).rpartition("-")[2]
-    if most.isdecimal() and len(values) > int(most):
-        return None
     form = {"DS": _DS, "IS": _IS}.get(element.VR)
     if form is not None:
         texts = [str(getattr(v, "original_string", v)).strip() for v in values]
         return value if all(form.fullmatch(text) for text in texts) else None
-    if element.VR in _LETTERS and not most.isdecimal() and max(values) >= _LETTERS[element.VR]:
+    if element.VR in _LETTERS and _most(element) is None and max(values) >= _LETTERS[element.VR]:
         return None
     return value
 
