@@ -21,7 +21,6 @@ from conf.exits import Exit, Stop
 from server.exchange import Handler
 from strategies import STRATEGIES, build_strategy
 from strategies.base import Abandon, Study, Tensors
-from strategies.exact import Collect
 from strategies.protocol import Failure, Instruction, Reply, Tree, Update, pack
 from tests.client.desk import Desk, code
 from tests.toys import Recorder, Toys, toy_cases, toy_plan
@@ -74,14 +73,17 @@ class Server:
     ) -> tuple[Tensors, Tree]:
         steps = self.strategy.round(r, state, model, self.study, tuple(updates))
         ask = next(steps)
-        assert isinstance(ask.fold, Collect)
         partial = ask.fold.start(ask.spec)
         for site in order or updates:
             ask.spec.check(updates[site])
             ask.fold.add(partial, ask.spec, site, (r, 0), updates[site])
-        with ask.fold.finish(partial, ask.spec) as folded, pytest.raises(StopIteration) as end:
-            steps.send(folded)
-        model, state = end.value.value
+        try:
+            steps.send(ask.fold.finish(partial, ask.spec))
+        except StopIteration as end:
+            model, state = end.value
+        finally:
+            for path, _, _ in partial.rows.values():
+                Path(path).unlink()
         return model, state
 
 
