@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from client.train import Archive
 from tasks.data.cache import Cache, Entry
@@ -17,7 +18,7 @@ class Shelf:
 
     def __init__(self, cache: Cache, split: Split) -> None:
         self._cache, self._split = cache, split
-        self._known: dict[str, tuple[int, Archive]] = {}
+        self._known: dict[str, tuple[tuple[int, int], Archive]] = {}
 
     def of(self, run: str) -> Archive:
         """The cases of a run; the same after a restart.
@@ -29,10 +30,16 @@ class Shelf:
             Stop: (`CACHE_DAMAGED`, `ONE_PATIENT`, …) no usable split.
         """
         path = manifest(self._cache, run)
-        if run in self._known and path.exists() and path.stat().st_ino == self._known[run][0]:
+        if run in self._known and path.exists() and _which(path) == self._known[run][0]:
             os.utime(path)  # the run lives
             return self._known[run][1]
-        entries = freeze(self._cache, run)
-        # each change is another file, put in place by a rename
-        self._known[run] = path.stat().st_ino, Archive(self._split(entries), self._cache.load)
+        freeze(self._cache, run)
+        which = _which(path)  # before it is read: what changes meanwhile is seen at the next look
+        self._known[run] = which, Archive(self._split(freeze(self._cache, run)), self._cache.load)
         return self._known[run][1]
+
+
+def _which(path: Path) -> tuple[int, int]:
+    """Which file stands there: each change is another one, put in place by a rename, and shorter."""
+    state = path.stat()
+    return state.st_ino, state.st_size

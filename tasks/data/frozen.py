@@ -37,7 +37,11 @@ def freeze(cache: Cache, run: str) -> tuple[Entry, ...]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         now = Cache(cache.folder).held()  # no sweep between reading the index and writing the manifest
         try:
-            _write(path, now.entries)
+            written = None
+            while written != (state := _index(now)):  # a patient may be forgotten between the two
+                now.forget_read()
+                _write(path, now.entries)
+                written = state
         finally:
             now.release()
     os.utime(path)
@@ -61,13 +65,13 @@ def drop_patient(cache: Cache, patient: str) -> None:
     something names it.
     """
     Journal(cache.folder).drop(patient)
+    records = {s: r for s, r in cache.index.records.items() if r.patient != patient}
+    cache.commit(Index("", records))  # before the runs are looked through: `freeze` counts on it
     for path in sorted((cache.folder / "runs").glob("*.json")):
         entries = _read(path)
         left = tuple(e for e in entries if e.patient != patient)
         if len(left) < len(entries):
             _write(path, left)
-    records = {s: r for s, r in cache.index.records.items() if r.patient != patient}
-    cache.commit(Index("", records))
 
 
 def sweep(cache: Cache) -> int | None:
@@ -101,6 +105,15 @@ def remove(objects: list[Path]) -> None:
         path.unlink(missing_ok=True)
     for folder in {path.parent for path in objects if path.parent.is_dir()}:
         sync_folder(folder)
+
+
+def _index(cache: Cache) -> tuple[int, int]:
+    """Which index is in force: each is another file, put in place by a rename."""
+    try:
+        state = (cache.folder / "index.json").stat()
+        return state.st_ino, state.st_mtime_ns
+    except FileNotFoundError:
+        return 0, 0
 
 
 def _named(cache: Cache) -> dict[str, set[str]]:

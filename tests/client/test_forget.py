@@ -17,7 +17,8 @@ from client.places import Places
 from client.shelf import Shelf
 from conf.console import code
 from conf.exits import Exit, Stop
-from tasks.data.cache import Cache
+from tasks.data import frozen
+from tasks.data.cache import Cache, Entry
 from tasks.data.patients import Barred, patient_key, pseudonym
 
 PROJECT = Path(__file__).parents[2]
@@ -174,6 +175,19 @@ def test_objects_of_a_run_are_not_swept(site: Places) -> None:
     os.utime(path)
     take(site.audit.parent)
     assert left(site)[1] == 5
+
+
+def test_forgotten_while_a_run_begins(site: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, a = frozen._write, named(site)["a"]
+
+    def late(path: Path, entries: tuple[Entry, ...]) -> None:
+        monkeypatch.undo()
+        assert forget(site, a) == Exit.PARTLY  # the beginning run holds the cache for a moment
+        real(path, entries)
+
+    monkeypatch.setattr(frozen, "_write", late)
+    begun = Shelf(Cache(site.cache), lambda entries: {"train": entries}).of("one")
+    assert sorted(begun.patients("train")) == sorted(named(site)[p] for p in "bc")
 
 
 #: where a crash may strike: the calls that change something
