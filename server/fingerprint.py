@@ -63,7 +63,9 @@ class Found:
         return cls(merged, answered, sites, plan, tuple(decisions), compare(sites))
 
     def write(self, path: Path) -> None:
-        """`fingerprint.json`, and the plan as an experiment: `experiment/auto.yaml`."""
+        """`fingerprint.json`, `sites.txt`, `sites.html` and, an experiment, `experiment/auto.yaml`."""
+        from server.report.sites import save
+
         tree = {
             "cells": {name: vars(cells) for name, cells in CELLS.items()},
             "merged": _plain(self.merged),
@@ -75,6 +77,7 @@ class Found:
         (path / "experiment").mkdir(exist_ok=True)
         text = fragment(self.decisions, self.merged.patients, self.answered)
         write_atomic(path / "experiment" / "auto.yaml", text.encode())
+        save(self, path)
 
 
 def _plain(one: Fingerprint) -> dict[str, object]:

@@ -19,20 +19,28 @@ _FAR = 1.0  # octaves between two sites' intensities: more than one scanner mode
 
 
 def show(found: Found, path: Path) -> None:
-    """Print what was found, and write `sites.txt` and `sites.html` into the run's directory."""
+    """Print what was found in the run at `path`."""
     console = Console(highlight=False, markup=False)
+    _print(found, console)
+    console.print(f"run: {path}; plan: {path / 'experiment' / 'auto.yaml'}", soft_wrap=True)
+
+
+def save(found: Found, path: Path) -> None:
+    """Write `sites.txt` and `sites.html` into the run's directory."""
     record = Console(file=io.StringIO(), record=True, width=160, highlight=False, markup=False)
-    made = parts(found)
-    # sentences wrap; numbers are never cut
-    numbers = [table for table in made if isinstance(table, Table) and table.columns[0].no_wrap]
-    widest = max((Console(width=10_000).measure(table).maximum for table in numbers), default=0)
-    for screen in (console, record):
-        screen.width = max(screen.width, widest)
-        for part in made:
-            screen.print(part)
+    _print(found, record)
     write_atomic(path / "sites.txt", record.export_text(clear=False).encode())
     write_atomic(path / "sites.html", record.export_html(inline_styles=True).encode())
-    console.print(f"run: {path}; plan: {path / 'experiment' / 'auto.yaml'}", soft_wrap=True)
+
+
+def _print(found: Found, console: Console) -> None:
+    """Sentences wrap; numbers are never cut."""
+    made = parts(found)
+    numbers = [part for part in made if isinstance(part, Table) and part.columns[0].no_wrap]
+    wide = Console(width=10_000)
+    console.width = max(console.width, *(wide.measure(table).maximum for table in numbers), 0)
+    for part in made:
+        console.print(part)
 
 
 def parts(found: Found) -> list[Table | str]:

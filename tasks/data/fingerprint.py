@@ -25,7 +25,7 @@ from tasks.base import Case
 from tasks.metrics import Statistics
 
 UNIT = 2**16
-"""What a patient's intensities sum to; a share of voxels below half of 1/UNIT is not seen."""
+"""What a patient's intensities sum to; a smaller share of voxels than 1/UNIT is not seen."""
 
 UNITS = ("", "HU", "SUVbw")
 """Units that a case may name; any other counts as the cell after these."""
@@ -322,8 +322,8 @@ def _histogram(values: Tensor | None, cells: Cells) -> Tensor:
 
 
 def _whole(shares: Tensor) -> Tensor:
-    """Shares as whole numbers that sum to `UNIT`; what rounding leaves over goes to the fullest cell."""
-    whole = (shares * UNIT).round()
+    """Shares as whole numbers that sum to `UNIT`; what rounding down leaves over goes to the fullest cell."""
+    whole = (shares * UNIT).floor()
     fullest = whole.argmax(-1, keepdim=True)
     return whole.scatter_add(-1, fullest, UNIT - whole.sum(-1, keepdim=True))
 

@@ -105,6 +105,7 @@ def test_auto_trains_with_the_plan_that_came_out_and_the_command_line_wins(
     again = Found.read(run / "fingerprint", RunFolder.open(run).settings)
     assert json.loads(again.plan.canonical()) == plan
     assert (run / "metrics.jsonl").exists()
+    assert "Nothing looks wrong" in (run / "fingerprint" / "sites.txt").read_text()
 
 
 def test_settings_are_refused_before_anything_is_written(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_every_cell_that_leaves_has_the_minimum_of_patients_and_totals_tell_noth
     people: list[list[Case]], minimum: int
 ) -> None:
     left = SURVEY.of_site(people, minimum)
+    assert (left.to_vector() >= 0).all()
     each = [SURVEY.of_patient(cases) for cases in people]
     if len(people) < minimum:
         assert not left.to_vector().any()
@@ -181,6 +183,15 @@ def test_an_unannotated_patient_is_none_and_an_absent_class_is_not() -> None:
     found = SURVEY.of_patient([empty])
     assert int(found.volume[1].argmax()) == 1
     assert int(found.position[1, 0].argmax()) == 0
+
+
+def test_shares_that_no_rounding_fits_still_sum_to_the_unit() -> None:
+    cells = CELLS["intensity"]
+    every = torch.tensor([cells.value(c) for c in range(1, cells.size)])
+    flat = case(shape=(33, 33, 1))
+    found = SURVEY.of_patient([replace(flat, images={"image": every.view(1, 33, 33, 1).float()})])
+    assert int((found.intensity[0] > 0).sum()) == 33 * 33
+    assert found.intensity[0].sum() == UNIT
 
 
 @pytest.mark.parametrize("q", [0.005, 0.1, 0.5, 0.9, 0.995])
