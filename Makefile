@@ -20,15 +20,15 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/wardround demo
 
-# two processes: real processes are tested one after the other in one of them (tests/conftest.py)
+# real processes beside the rest: each is one after the other, and both are needed
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target federation unit
 
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not federation"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not federation"
 
 federation: $(READY)
-	$(BIN)/python -m pytest -m federation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m federation
 
 # every kill point and length, before a release
 chaos: $(READY)

@@ -18,14 +18,6 @@ TASKS._entries.update(TOYS)
 DATA = Path(os.environ.get("WARDROUND_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Real processes first, and all in one process of a parallel run: they use both cores and the clock."""
-    for item in items:
-        if item.get_closest_marker("federation"):
-            item.add_marker(pytest.mark.xdist_group("federation"))
-    items.sort(key=lambda item: item.get_closest_marker("federation") is None)
-
-
 @pytest.fixture(scope="session")
 def real() -> Callable[[str], Path]:
     """A real data set by name; missing, it is a loud skip here and a failure in CI."""
