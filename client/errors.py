@@ -28,6 +28,10 @@ def code_of(error: BaseException) -> str:
             return "disk"
         case Stop(exit=Exit.CACHE_DAMAGED):
             return "data"
+        case Stop(exit=Exit.BUDGET):
+            return "budget"
+        case Stop(exit=Exit.LEDGER_BROKEN):
+            return "ledger"
         case Stop():
             return "plan"
     return "internal"

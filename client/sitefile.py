@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from client.budget import Budget
 from client.pacs.settings import Pacs
 from client.places import Places
 from client.policy import Policy
 from conf.exits import Exit, Stop
-from conf.schema import Columns, Frozen, Labels, Own, SiteName, complaint
+from conf.schema import Columns, Frozen, Labels, Name, Own, SiteName, complaint
 
 if TYPE_CHECKING:  # they bring torch, and an ingest needs none
     from client.site import Site
@@ -74,7 +75,8 @@ class SiteFile(Frozen):
 
     Attributes:
         cache: what `wardround-site ingest` made. state: plans, replies, private states, incidents.
-        key: names patients. audit: log of decisions. socket: where the trainer listens.
+        key: names patients. audit: log of decisions. ledger: what was released about the patients, which
+            `privacy` limits, by population. socket: where the trainer listens.
         pacs: the archive that `ingest --pacs` asks. coordinator: what `doctor` tries to reach.
     """
 
@@ -84,6 +86,8 @@ class SiteFile(Frozen):
     state: Path = Path("state")
     key: Path = Path("state/patient.key")
     audit: Path = Path("audit.jsonl")
+    ledger: Path = Path("ledger.jsonl")
+    privacy: dict[Name, Budget] = Field(default_factory=lambda: {"patients": Budget()})
     socket: Path = Path("run/trainer.sock")
     device: str = "auto"
     policy: Policy = Policy()
@@ -107,7 +111,7 @@ class SiteFile(Frozen):
         except (OSError, yaml.YAMLError) as error:
             raise Stop(Exit.CONFIG, f"{path} cannot be read ({type(error).__name__}: {error})") from None
         here = path.absolute().parent
-        names = ("cache", "state", "key", "audit", "socket")
+        names = ("cache", "state", "key", "audit", "ledger", "socket")
         places: dict[str, Any] = {n: here / getattr(read, n) for n in names}
         if read.pacs is not None:
             places["pacs"] = read.pacs.placed(here)

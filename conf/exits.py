@@ -24,6 +24,8 @@ class Exit(IntEnum):
     NO_DATA_ROOT = 25
     CACHE_DAMAGED = 26
     AUDIT_BROKEN = 27
+    LEDGER_BROKEN = 28
+    BUDGET = 29
     RUN_EXISTS = 30
     NO_RUN = 31
     CHECKPOINT_DAMAGED = 32
@@ -57,6 +59,8 @@ HELP: dict[Exit, str] = {
     Exit.NO_DATA_ROOT: "data.root does not exist or cannot be read",
     Exit.CACHE_DAMAGED: "a cached case does not match its digest; remove the cache and ingest again",
     Exit.AUDIT_BROKEN: "the audit log is not what was written to it; keep it and find out who changed it",
+    Exit.LEDGER_BROKEN: "the privacy ledger was deleted, cut or changed; see wardround-site ledger restore",
+    Exit.BUDGET: "the hospital's privacy budget does not allow it; wardround-site ledger shows what is left",
     Exit.RUN_EXISTS: "the run directory exists; choose another run.dir or use wardround resume",
     Exit.NO_RUN: "this directory is not a wardround run",
     Exit.CHECKPOINT_DAMAGED: "no intact checkpoint is left that this run can continue from",

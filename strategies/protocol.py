@@ -38,6 +38,8 @@ CODES: Mapping[str, str] = {
     "plan": "the plan is unknown to the site or differs from the approved one",
     "code": "the site runs other code than the coordinator",
     "policy": "the site's own rules forbid what the plan asks",
+    "budget": "the site's privacy budget does not allow what the plan asks",
+    "ledger": "the site's privacy ledger was deleted, rolled back or changed; the site has to restore it",
     "payload": "the instruction or its payload could not be read",
     "addressee": "the instruction is meant for another site",
     "stage": "the strategy has no such stage",
