@@ -33,6 +33,10 @@ _WHOLES = np.array([*range(11, 64), 72, 80, 96, 128, 192, 256, 512, 1024], dtype
 ORDERS: Vector = np.concatenate([_PARTS, _WHOLES])
 #: PRV's grid grows with ε; beyond this the number says no more than "no privacy", and RDP says that too
 _FAR = 200.0
+#: points of its grid (a dozen arrays of them are 2 GB)
+_GRID = 2**24
+#: the largest σ that is tried, in thousandths
+_MOST = 10_000_000
 
 
 @dataclass(frozen=True, order=True)
@@ -135,14 +139,14 @@ def prv(entries: Iterable[Entry], delta: float) -> float:
     """ε of all entries together, by privacy loss random variables: Opacus' upper bound.
 
     It lies 0.010 to 0.0107 above the exact value. Where Opacus cannot compute it (no noise, far beyond any
-    protection, too small a δ), the bound by Rényi DP is the answer: it is above too.
+    protection, billions of steps, too small a δ), the bound by Rényi DP is the answer: it is above too.
     """
     _check_delta(delta)
     parts = merged(entries)
     if not parts:
         return 0.0
     bound = rdp(parts, delta)
-    if bound > _FAR:
+    if bound > _FAR or _points(parts, bound, delta) > _GRID:
         return bound
     from opacus.accountants import PRVAccountant  # type: ignore[import-untyped]  # it brings torch
 
@@ -157,12 +161,18 @@ def prv(entries: Iterable[Entry], delta: float) -> float:
     return found if math.isfinite(found) else bound
 
 
+def _points(parts: Iterable[Entry], bound: float, delta: float) -> float:
+    """About how many points PRV's grid has: an error of 0.01 in ε, shared out over all steps."""
+    steps = sum(e.steps for e in parts)
+    return 200 * (bound + 3) * math.sqrt(steps * math.log(12_000 / delta) / 2)
+
+
 def replace_one(entries: Iterable[Entry], delta: float) -> float:
     """ε where one patient's data stand in another's place.
 
     It is one patient less, then one more: two add/remove steps at ε' and δ' give 2ε' at
     δ' (1 + exp(ε')) (group privacy: Vadhan 2017, The Complexity of Differential Privacy, lemma 2.2). An upper
-    bound for any mechanism; by Rényi DP's ε(δ'), then once by PRV at the δ' that was found.
+    bound for any mechanism.
     """
     _check_delta(delta)
     parts = merged(entries)
@@ -170,11 +180,15 @@ def replace_one(entries: Iterable[Entry], delta: float) -> float:
         return 0.0
     if rdp(parts, delta) > _FAR:
         return math.inf
-    # ε' at δ' by PRV is at most that by RDP, so a δ' that serves RDP's serves PRV's; then two steps nearer
-    least = _bisect(lambda x: math.log1p(math.exp(rdp(parts, math.exp(x)))) + x, math.log(delta))
+
+    def once(log_delta: float) -> float:
+        return min(rdp(parts, math.exp(log_delta)), prv(parts, math.exp(log_delta)))
+
+    # a δ' that serves RDP's ε' serves the least one, and from there each step leads to a larger δ' that does
+    found = _bisect(lambda x: float(np.logaddexp(0, rdp(parts, math.exp(x)))) + x, math.log(delta))
     for _ in range(2):
-        least = math.log(delta) - math.log1p(math.exp(prv(parts, math.exp(least))))
-    return 2 * prv(parts, math.exp(least))
+        found = math.log(delta) - float(np.logaddexp(0, once(found)))
+    return 2 * once(found)
 
 
 def calibrate(target: float, delta: float, steps: int, q: float, behind: Iterable[Entry] = ()) -> float:
@@ -186,23 +200,23 @@ def calibrate(target: float, delta: float, steps: int, q: float, behind: Iterabl
     Raises:
         ValueError: what lies behind has used `target` up, or no σ up to 10,000 is enough.
     """
-    past = tuple(behind)
     if not target > 0:
         raise ValueError(f"epsilon is {target}; need more than 0")
+    past = merged(behind)
 
-    def cost(thousandths: int) -> float:
-        return prv((*past, Entry(thousandths / 1000, q, steps)), delta)
+    def enough(method: Callable[[Iterable[Entry], float], float], thousandths: int) -> bool:
+        return method([*past, Entry(thousandths / 1000, q, steps)], delta) <= target
 
-    low, high = round(1000 * LEAST_SIGMA), 500
-    while cost(high) > target:
-        low, high = high, high * 2
-        if high > 10_000_000:
-            used = f", {prv(past, delta):.4f} is used" if past else ""
-            raise ValueError(f"no sigma up to 10000 keeps {steps} steps at q={q} within {target}{used}")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return high / 1000
+    if not enough(prv, _MOST):
+        used = f", {prv(past, delta):.4f} is used" if past else ""
+        raise ValueError(f"no sigma up to {_MOST // 1000} keeps {steps} steps at q={q} within {target}{used}")
+    # the fast bound's σ is a little too large, so the search by PRV is a short one
+    near = _least(lambda n: enough(rdp, n), 0, _MOST)
+    high = near if enough(prv, near) else _MOST
+    low = high * 3 // 4
+    while low and enough(prv, low):
+        low, high = low * 3 // 4, low
+    return _least(lambda n: enough(prv, n), low, high) / 1000
 
 
 def across(sites: Mapping[str, float], overlaps: Iterable[Iterable[str]] = ()) -> float:
@@ -259,6 +273,14 @@ def _log_sum(terms: Vector) -> Vector:
     top = terms.max(axis=1)
     summed: Vector = top + np.log(np.exp(terms - top[:, None]).sum(axis=1))
     return summed
+
+
+def _least(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The least whole number above `low` that fits, if `high` does and all above one that fits."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def _bisect(rising: Callable[[float], float], target: float) -> float:
