@@ -47,6 +47,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(values.astype(np.uint8)).save(path)
     (tmp_path / "site.yaml").write_text("name: ward7\npolicy: {minimum_cell: 2}\ntest_fraction: 0.3\n")
+    key = tmp_path / "state" / "patient.key"  # names decide the splits: two patients or more in each
+    key.parent.mkdir(mode=0o700)
+    key.write_bytes(bytes(range(2, 34)))
+    key.chmod(0o600)
     monkeypatch.chdir(tmp_path)
     assert code(app, ["ingest", "data", "--cache", "cache"]) == Exit.OK
     return tmp_path
