@@ -13,12 +13,14 @@ class Policy(Frozen):
     Attributes:
         tasks, models: allowed names; None allows every installed one.
         statistics: what may leave of evaluations. minimum_cell: fewest patients behind any statistic.
+        privacy: whether plans without differential privacy are refused.
     """
 
     tasks: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
     statistics: Literal["none", "exact"] = "exact"
     minimum_cell: int = 10
+    privacy: Literal["optional", "required"] = "optional"
 
     def check(self, plan: Plan) -> None:
         """Accept the plan.
@@ -32,6 +34,8 @@ class Policy(Frozen):
             raise Refused("policy", f"task {plan.task.name}")
         if self.models is not None and plan.model.name not in self.models:
             raise Refused("policy", f"model {plan.model.name}")
+        if self.privacy == "required" and plan.privacy.mode == "none":
+            raise Refused("policy", "without differential privacy")
 
     def release(self, patients: int) -> None:
         """Let a statistic over so many patients leave.

@@ -16,14 +16,17 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from client.errors import report
+from client.ledger import Ledger
 from client.policy import Policy
+from client.private import Charges
 from client.state import Memory
 from client.train import Archive, Bench, Session
 from conf.files import write_atomic
 from conf.schema import Plan
+from strategies.privacy.accountant import Entry
 from strategies.protocol import Instruction, Refused, Reply, Tree, Update
 
-__all__ = ["Archive", "Bench", "Plans", "Policy", "Site"]
+__all__ = ["Archive", "Bench", "Ledger", "Plans", "Policy", "Site"]
 
 # what an instruction names becomes part of a path at the site: nothing else may
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -72,7 +75,9 @@ class Site:
 
     Attributes:
         folder: the site's own files (state, replies, incidents). code: digest of the code that runs here.
-        durable: keep every reply before it leaves (deployed).
+        durable: keep every reply before it leaves (deployed). Simulated sites may also tell exact metrics
+            of a private run, which no noise covers; a deployed one keeps them home.
+        ledger: the privacy account; without one nothing private is trained.
     """
 
     name: str
@@ -83,6 +88,7 @@ class Site:
     folder: Path
     code: str
     durable: bool = True
+    ledger: Ledger | None = None
 
     def handle(self, instruction: Instruction, common: Tree) -> Reply:
         """Answer an instruction. Never raises: an error becomes a code, its detail stays in the own log."""
@@ -90,6 +96,11 @@ class Site:
             return self._answer(instruction, common)
         except Exception as error:  # noqa: BLE001  the boundary: exception text must not leave a hospital
             return Reply(self.name, report(error, self.folder / "incidents.jsonl"))
+
+    def charged(self, run: str) -> list[Entry]:
+        """What a run has reserved in the ledger."""
+        lines = self.ledger.lines()[0] if self.ledger is not None else []
+        return [line.entry for line in lines if line.run == run]
 
     def _answer(self, instruction: Instruction, common: Tree) -> Reply:
         if instruction.site != self.name:
@@ -110,7 +121,13 @@ class Site:
             return given
         state = memory.settle(instruction.settled) if strategy.stateful else {}
         archive = self.archive.of(instruction.run)
-        session = Session(self.bench, study, archive, self.policy, instruction, common, state)
+        private, policy, charges = plan.privacy.mode != "none", self.policy, None
+        if private and self.durable:
+            policy = policy.model_copy(update={"statistics": "none"})
+        if private and self.ledger is not None:
+            left = plan.federation.rounds - instruction.round + 1
+            charges = Charges(self.ledger, instruction.run, left)
+        session = Session(self.bench, study, archive, policy, instruction, common, state, charges)
         update, after = strategy.answer(instruction.stage, session)
         update = Update(
             {name: t.detach().cpu() for name, t in update.tensors.items()}, update.weight, update.form
@@ -119,6 +136,8 @@ class Site:
         reply = Reply(self.name, update)
         if remembers:
             memory.keep(instruction, reply, after)
+        if charges is not None:
+            charges.settle()
         return reply
 
     def _accept(self, instruction: Instruction, common: Tree) -> Reply:
@@ -134,5 +153,9 @@ class Site:
             raise Refused("plan", "not canonical")
         self.policy.check(plan)
         self.bench.study(plan)
+        if plan.privacy.mode != "none":
+            if self.ledger is None:
+                raise Refused("policy", "no privacy ledger")
+            self.bench.vet(plan, self.archive.of(instruction.run))
         self.plans.accept(plan)
         return Reply(self.name, Update({}))

@@ -148,7 +148,7 @@ class SiteFile(Frozen):
             Stop: the cache holds no usable split.
         """
         from client.shelf import Shelf
-        from client.site import Plans, Site
+        from client.site import Ledger, Plans, Site
         from strategies.code import code_digest
         from tasks.data.cache import Cache
 
@@ -163,4 +163,5 @@ class SiteFile(Frozen):
             folder=self.state,
             code=code_digest(),
             durable=True,
+            ledger=Ledger(self.ledger, self.privacy),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch import nn
 from conf.schema import Local, Plan
 from strategies.base import Correct
 from tasks.base import Batch, Phase
+
+Drawn = TypeVar("Drawn")
 
 
 class Stepper:
@@ -33,8 +36,12 @@ class Stepper:
         self._parameters = parameters
         self._optimizer = optimizer
 
-    def step(self, batch: Batch | None, progress: float) -> None:
-        """One step; `progress` in [0, 1) is the way through all rounds, for the schedule."""
+    def step(self, batch: Any, progress: float) -> None:
+        """One step; `progress` in [0, 1) is the way through all rounds, for the schedule.
+
+        Args:
+            batch: what `_backward` reads.
+        """
         local = self._plan.local
         rate = local.lr
         if local.schedule == "cosine":
@@ -49,8 +56,8 @@ class Stepper:
             self._correct(self._parameters)
         self._optimizer.step()
 
-    def _backward(self, batch: Batch | None) -> None:
-        """Gradients of the mean loss over the batch, in chunks."""
+    def _backward(self, batch: Any) -> None:
+        """Gradients of the mean loss over the batch (`Batch | None`), in chunks."""
         device = next(iter(self._parameters.values())).device
         for share, part in chunks(batch, self._plan.local.micro_chunk):
             with precision(self._plan.local, device):
@@ -64,7 +71,7 @@ def precision(local: Local, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
-def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def ahead(batches: Iterator[Drawn]) -> Iterator[Drawn]:
     """The same batches, each made on a thread while the one before is at work on the device.
 
     One thread makes them all, so their draws keep their order, and with it their values.

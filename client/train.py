@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from client.policy import Policy
+from client.private import PrivateStepper, draws
 from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, precision
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Correct, Strategy, Study, Tensors, fresh_model
+from strategies.privacy.dpsgd import Mechanism
+from strategies.privacy.dpsgd import steps as private_steps
+from strategies.privacy.preflight import check
 from strategies.protocol import Instruction, Refused, Spec, Tree
 from tasks.base import Batch, Case, Phase, Prediction
 from tasks.data.cache import Entry
@@ -25,6 +30,8 @@ from tasks.data.fingerprint import Fingerprint, Survey
 from tasks.seeds import generator
 
 Example = Mapping[str, Tensor]
+Charge = Callable[[Mechanism, int], None]
+"""Reserves so many steps of a mechanism in the site's ledger, durably, or raises."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Bench:
         # by identity first: a digest costs more than an instruction to a site that has nothing to do
         self._plans: dict[int, tuple[Plan, Study, Strategy]] = {}
         self._studies: dict[str, tuple[Study, Strategy]] = {}
+        self._vetted: set[str] = set()
         self._specs: dict[tuple[str, str], Spec] = {}
         self._optimizers: dict[tuple[str, str], torch.optim.Optimizer] = {}
         self._model: tuple[str, nn.Module, list[tuple[Tensor, Tensor]]] | None = None
@@ -86,6 +94,21 @@ class Bench:
             # the plan is held too, or another could come to have its identity
             known = self._plans[id(plan)] = plan, *self._studies[plan.digest]
         return known[1], known[2]
+
+    def vet(self, plan: Plan, archive: Archive) -> None:
+        """Hold a plan with DP against what DP needs, once; a site without training patients cannot.
+
+        Raises:
+            Stop: (`CONFIG`) with what does not suit DP.
+        """
+        patients = archive.patients("train")
+        if plan.privacy.mode == "none" or plan.digest in self._vetted or not patients:
+            return
+        task = self.study(plan)[0].task
+        example = task.prepare(archive.load(next(iter(patients.values()))[0]))
+        batch = task.batch([example, example], generator(plan.seed, "", 0, "plan", "preflight"))
+        check(plan, task, fresh_model(plan, task), batch)
+        self._vetted.add(plan.digest)
 
     def spec(self, study: Study, strategy: Strategy, stage: str) -> Spec:
         """`Strategy.spec`, made once.
@@ -164,7 +187,9 @@ class Session:
         asked: Instruction,
         common: Tree,
         state: Tree,
+        charge: Charge | None = None,
     ) -> None:
+        self._charge = charge
         self._bench = bench
         self._archive = archive
         self._policy = policy
@@ -204,10 +229,14 @@ class Session:
         model = self._load(weights).train()
         steppers = [self._stepper(phase, model, correct) for phase in self.study.task.phases]
         draw = generator(plan.seed, self.site, self.round, "train", purpose)
-        batches = self._batches(patients, draw)
+        reads = private_steps(plan, self.study.task.phases)
+        batches: Iterator[Any] = (
+            self._batches(patients, draw)
+            if plan.privacy.mode == "none"
+            else self._private(patients, purpose, reads)
+        )
         if self._bench.prefetch:
-            private = (s.phase.every for s in steppers if s.phase.private)
-            batches = ahead(islice(batches, sum(-(-plan.local.steps // every) for every in private)))
+            batches = ahead(islice(batches, reads))
         with torch.random.fork_rng(devices=[self._bench.device] if self._bench.device.type == "cuda" else []):
             # layers that draw (dropout) use torch's own generator
             self._bench.seed(int(torch.randint(2**31, (), generator=draw)))
@@ -226,7 +255,30 @@ class Session:
         optimizer = self._bench.optimizer(
             self.study.digest, phase.name, lambda: fresh_optimizer(plan, list(parameters.values()))
         )
-        return Stepper(phase, model, plan, correct, parameters, optimizer)
+        private = phase.private and plan.privacy.mode != "none"
+        made = PrivateStepper if private else Stepper
+        return made(phase, model, plan, correct, parameters, optimizer)
+
+    def _private(
+        self, patients: Mapping[str, Sequence[Entry]], purpose: str, steps: int
+    ) -> Iterator[list[Batch]]:
+        """What the private phases read, once so many steps are charged.
+
+        Raises:
+            Refused: (`policy`) this site keeps no ledger. Stop: its budget does not allow it.
+        """
+        if self._charge is None:
+            raise Refused("policy", "no privacy ledger")
+        self._charge(Mechanism.of(self.study.plan), steps)
+        return draws(
+            self.study.plan,
+            self.study.task,
+            patients,
+            lambda entry: self._bench.example(self.study, self._archive, entry),
+            site=self.site,
+            round=self.round,
+            purpose=purpose,
+        )
 
     def loss(self, weights: Tensors) -> float:
         """Mean of the first private phase's loss over as many batches as hold every training patient.
@@ -237,6 +289,8 @@ class Session:
         patients = self._archive.patients("train")
         self._policy.release(len(patients))
         plan = self.study.plan
+        if plan.privacy.mode != "none":
+            raise Refused("policy", "a training loss is a release that no noise covers")
         model = self._load(weights).eval()
         phase = next(phase for phase in self.study.task.phases if phase.private)
         batches = self._batches(patients, generator(plan.seed, self.site, self.round, "train", "loss"))

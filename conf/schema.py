@@ -62,13 +62,34 @@ class Local(Frozen):
         "auto", description="of the network in training; auto: bfloat16 on a GPU, float32 on a CPU"
     )
     threads: int = Field(1, ge=1, le=256, description="torch threads; changes bits")
-    micro_chunk: int = Field(0, ge=0, description="examples per backward pass; 0 = the batch; changes bits")
+    micro_chunk: int = Field(
+        0, ge=0, description="examples (with DP patients) per backward pass; 0 = the batch; changes bits"
+    )
 
 
 class Privacy(Frozen):
-    """Differential privacy. `none`: exact updates leave the site (simulation and public data)."""
+    """Differential privacy of patients. `none`: exact updates leave the site (simulation and public data).
 
-    mode: Literal["none"] = "none"
+    With `dpsgd` a step draws each training patient with probability `local.batch_size` / `nominal_patients`,
+    clips the mean gradient over that patient's examples, and adds noise once.
+    """
+
+    mode: Literal["none", "dpsgd"] = "none"
+    sigma: float = Field(
+        0.0,
+        ge=0,
+        le=10_000,
+        description="deviation of a step's noise, in units of clip; 0 = found for epsilon",
+    )
+    epsilon: float = Field(
+        0.0, ge=0, le=100, description="what the whole run may cost a patient; 0 = sigma is given"
+    )
+    clip: float = Field(1.0, gt=0, le=1e6, description="largest norm of a patient's gradient")
+    nominal_patients: int = Field(
+        0, ge=0, le=10**9, description="training patients of a site: a public number, never counted there"
+    )
+    examples: int = Field(1, ge=1, le=4096, description="examples of a patient in a step; their mean counts")
+    delta: float = Field(1e-5, gt=0, lt=1)
 
 
 class Federation(Frozen):
@@ -97,6 +118,36 @@ class Plan(Frozen):
     strategy: Section
     privacy: Privacy = Privacy()
     federation: Federation = Federation()
+
+    @model_validator(mode="after")
+    def _public_numbers(self) -> Plan:
+        """Under DP a site's number of patients must not show: not in a rate, nor in a weight."""
+        if self.privacy.mode == "none":
+            if stray := [n for n, value in Privacy() if getattr(self.privacy, n) != value]:
+                raise ValueError(
+                    f"privacy.{stray[0]} is {getattr(self.privacy, stray[0])}, but privacy.mode is none and "
+                    "protects nobody; set privacy=dpsgd"
+                )
+            return self
+        if (self.privacy.sigma > 0) == (self.privacy.epsilon > 0):
+            sigma, epsilon = self.privacy.sigma, self.privacy.epsilon
+            raise ValueError(
+                f"privacy.sigma is {sigma:g} and privacy.epsilon {epsilon:g}; give one: the other follows"
+            )
+        size, nominal, weight = self.local.batch_size, self.privacy.nominal_patients, self.federation.weight
+        if not size:
+            raise ValueError(f"local.batch_size is 0; privacy.mode={self.privacy.mode} needs at least 1")
+        if nominal < size:
+            raise ValueError(
+                f"privacy.nominal_patients is {nominal}; need at least local.batch_size = {size}: the public "
+                "number of training patients that a site has"
+            )
+        if weight != "equal":
+            raise ValueError(
+                f"federation.weight is {weight!r}; privacy.mode={self.privacy.mode} needs equal: how many "
+                "patients a site has would be a release"
+            )
+        return self
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces. What `plan.json` holds and what travels."""

@@ -25,6 +25,7 @@ from conf.console import ended
 from conf.exits import Exit, Stop
 from server.exchange.flower import Courier, FlowerExchange
 from server.link import Link, Post
+from server.privacy import charges, keep, statement
 from server.recovery import CANCEL, settle
 from server.rounds import Run
 from server.runfolder import RunFolder
@@ -127,6 +128,9 @@ class Coordinator:
         for warning in run.warnings:
             log.warning("%s", warning)
         run.train()
+        if plan.privacy.mode != "none":
+            charged = charges(plan, folder.path / "journal.jsonl")
+            keep(statement(plan, charged, deployed=True), folder.path)
         for name in run.study.task.trivial() if "trivial" in folder.settings.baselines else ():
             if not run.metrics.has(run.rounds, name):
                 run.metrics.add(run.trivial(name, ("val", "test")))

@@ -168,12 +168,21 @@ class House:
         Raises:
             Stop: (`CONFIG`, `RUN_EXISTS`, `LINK`).
         """
+        from server.privacy import calibrated  # it brings torch
+
         if other := sorted(set(settings.baselines) - {"trivial"}):
             note(f"left out: baselines {', '.join(other)} would need the cases here")
         path = self.folder / "runs" / Path(settings.run.dir or settings.run.experiment).name
         data, runtime = Data(root="each site's own"), Runtime(name="flower")
         own: tuple[Baseline, ...] = ("trivial",) if "trivial" in settings.baselines else ()
-        given = settings.model_copy(update={"data": data, "runtime": runtime, "baselines": own})
+        given = settings.model_copy(
+            update={
+                "plan": calibrated(settings.plan),
+                "data": data,
+                "runtime": runtime,
+                "baselines": own,
+            }
+        )
         if not self.healthy():
             raise Stop(
                 Exit.LINK, f"SuperLink does not answer at 127.0.0.1:{self.port}; see {self.folder}/log"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from client.site import Archive, Bench, Plans, Policy, Site
+from client.site import Archive, Bench, Ledger, Plans, Policy, Site
 from conf.exits import Exit, Stop
 from conf.schema import Data, Plan, Section, Settings
 from server.checkpoint import latest
@@ -24,7 +24,9 @@ from server.evaluate import Line
 from server.exchange.local import LocalExchange
 from server.exchange.pool import recycle
 from server.exchange.virtual import VirtualExchange
+from server.privacy import calibrated, keep, statement
 from server.progress import bar, note
+from server.report.table import promise
 from server.rounds import Run
 from server.runfolder import RunFolder
 from strategies import QUESTIONS
@@ -64,13 +66,16 @@ def simulate(settings: Settings) -> Path:
         raise Stop(Exit.CONFIG, f"strategy.name is {name!r}, which trains nothing; use: wardround {name}")
     federation = Federation.of(settings.data, settings.plan)
     if settings.data.plan == "auto":
-        from server.fingerprint import keep, planned
+        from server.fingerprint import keep as file_away
+        from server.fingerprint import planned
 
         with planned(federation, settings) as (settings, made):
+            settings = settings.model_copy(update={"plan": calibrated(settings.plan)})
             federation.rehearse(settings.plan)
             folder = RunFolder.create(path, settings)
-            keep(made, path)
+            file_away(made, path)
         return Simulation(folder, federation).run()
+    settings = settings.model_copy(update={"plan": calibrated(settings.plan)})
     federation.rehearse(settings.plan)
     return Simulation(RunFolder.create(path, settings), federation).run()
 
@@ -148,6 +153,7 @@ class Federation:
             except (ValueError, RuntimeError) as error:
                 why = str(error).splitlines()[0]
                 raise Stop(Exit.CONFIG, f"the plan does not fit the cases of site {name}: {why}") from None
+        bench.vet(plan, Archive(next(iter(self.sites.values())), self.cache.load))
 
     def site(self, name: str, folder: Path, bench: Bench, code: str) -> Site:
         """The named site, its files below `folder`.
@@ -156,7 +162,8 @@ class Federation:
         """
         archive = Archive(self.sites[name], self.cache.load)
         plans = Plans(folder / "plans")
-        return Site(name, archive, Policy(minimum_cell=1), bench, plans, folder / name, code, durable=False)
+        policy, ledger = Policy(minimum_cell=1), Ledger(folder / name / "ledger.jsonl", None)
+        return Site(name, archive, policy, bench, plans, folder / name, code, durable=False, ledger=ledger)
 
     def merged(self, name: str, names: list[str]) -> Federation:
         """One site of the given name that holds the cases of several."""
@@ -238,6 +245,7 @@ class Simulation:
         recycle()
         torch.set_num_threads(settings.plan.local.threads)
         self._train(self.federation, settings.plan, self.folder.path, evaluate=True)
+        self._promise()
         baselines = self._baselines()
         with self._exchange(self.federation, self.folder.path, settings.plan) as exchange:
             run = self._loop(self.federation, settings.plan, self.folder.path, exchange)
@@ -247,6 +255,14 @@ class Simulation:
     def ask(self, plan: Plan) -> None:
         """Rounds alone, nothing to compare with: for a plan that trains nothing."""
         self._train(self.federation, plan, self.folder.path, self._count(), evaluate=False)
+
+    def _promise(self) -> None:
+        """`privacy.json`, from the sites' ledgers: they hold more than planned where a round was repeated."""
+        plan, made = self.folder.settings.plan, Hospitals(self.federation, self.folder.path / "sites", "cpu")
+        if plan.privacy.mode != "none":
+            charged = {name: made(name).charged(self.folder.id) for name in self.federation.sites}
+            keep(statement(plan, charged), self.folder.path)
+            note(promise(self.folder.path))
 
     def _count(self) -> int:
         """One process a core; where sites are few, one a site: three sites then share two cores evenly."""
@@ -317,10 +333,16 @@ class Simulation:
         plan = self.folder.settings.plan
         rules = plan.federation.model_copy(update={"cohort": 0, "min_replies": 1, "round_timeout_s": 0.0})
         alone = plan.model_copy(update={"strategy": Section(name="fedavg"), "federation": rules})
-        paths = {name: self.folder.path / "baselines" / name.replace(":", "-") for name in federations}
-        _side_by_side(
-            {n: (self._train, (f, alone, paths[n], 1), {"evaluate": False}) for n, f in federations.items()}
+        # with DP, one site of all patients has as many more of them as there are sites
+        crowd = plan.privacy.model_copy(
+            update={"nominal_patients": plan.privacy.nominal_patients * len(names)}
         )
+        plans = dict.fromkeys(federations, alone)
+        if "pooled" in plans:
+            plans["pooled"] = alone.model_copy(update={"privacy": crowd})
+        paths = {name: self.folder.path / "baselines" / name.replace(":", "-") for name in federations}
+        once = {"evaluate": False}
+        _side_by_side({n: (self._train, (f, plans[n], paths[n], 1), once) for n, f in federations.items()})
         models = {}
         for name, path in paths.items():
             progress, _ = latest(path / "checkpoints")

@@ -170,14 +170,18 @@ class Strategy:
     personalises = False
     """Whether sites end up with models of their own."""
 
+    fits = 1
+    """How often a site trains in a round: what a round costs under DP."""
+
     scored = True
     """Whether there is a model to score as the rounds go on."""
 
     # ---- both ends
 
     def shared(self, study: Study) -> tuple[str, ...]:
-        """Names of the tensors that travel."""
-        return tuple(study.initial)
+        """Names of the tensors that travel: under DP what the noise covers, parameters and no buffer."""
+        private = study.plan.privacy.mode != "none"
+        return tuple(name for name in study.initial if not private or name in study.trainable)
 
     def groups(self, study: Study) -> dict[str, tuple[str, ...]]:
         """Groups of tensors in an answer to `train`, each with the names in it."""

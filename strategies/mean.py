@@ -48,7 +48,7 @@ class FedBN(Strategy):
     stateful = True
 
     def shared(self, study: Study) -> tuple[str, ...]:
-        return tuple(name for name in study.initial if name not in study.norms)
+        return tuple(name for name in super().shared(study) if name not in study.norms)
 
     def keep(self, local: Local, trained: Tensors) -> Tree:
         return {"private": {name: trained[name] for name in sorted(local.study.norms & trained.keys())}}

@@ -5,6 +5,9 @@ against, and returns an `nn.Module` from `B C H W[D]` to `B K H W[D]` logits. No
 batch: examples of one batch must not see each other (a patient's gradient could not be clipped else).
 """
 
+from collections.abc import Mapping
+from typing import Literal
+
 from conf.table import Table
 
 MODELS = Table(
@@ -15,3 +18,11 @@ MODELS = Table(
         "dyn_unet": "tasks.networks.unet:dyn_unet",
     },
 )
+
+#: how an entry gives the gradient of one patient under DP: all patients in one pass, one after the other, or
+#: not at all
+GRADIENTS: Mapping[str, Literal["vmap", "loop", "no DP"]] = {
+    "unet": "vmap",
+    "basic_unet": "vmap",
+    "dyn_unet": "vmap",
+}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from client.policy import Policy
-from client.site import Plans, Site
+from client.site import Ledger, Plans, Site
 from client.train import Archive, Bench
 from conf.schema import Plan, Section
 from conf.table import STRICT
@@ -139,7 +139,7 @@ class TinyNet(Quadratic):
 
 
 def toy_plan(strategy: str = "fedavg", /, *, task: str = "quadratic", **sections: dict[str, Any]) -> Plan:
-    """A plan over a toy; sections by name (`local`, `federation`, `strategy`), `toy` holds the task's own."""
+    """A plan over a toy; sections by name (`local`, `privacy`, …), `toy` holds the task's own."""
     return Plan(
         task=Section(name=task, **sections.get("toy", {})),
         model=Section(name="none"),
@@ -147,6 +147,7 @@ def toy_plan(strategy: str = "fedavg", /, *, task: str = "quadratic", **sections
         strategy=Section(name=strategy, **sections.get("strategy", {})),
         local={"optimizer": "sgd", "lr": 0.1, "steps": 4, "batch_size": 2, **sections.get("local", {})},
         federation={"rounds": 3, **sections.get("federation", {})},
+        privacy=sections.get("privacy", {}),
         seed=7,
     )
 
@@ -220,6 +221,7 @@ class Toys:
             folder=sites / name,
             code=code_digest(),
             durable=self.durable,
+            ledger=Ledger(sites / name / "ledger.jsonl", None),
         )
 
     @contextmanager

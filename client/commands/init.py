@@ -35,6 +35,7 @@ audit: audit.jsonl    # every request, decision and release; check it with: ward
 #   tasks: [segmentation]             # default: every installed one
 #   statistics: exact                 # or none: scores stay home
 #   minimum_cell: 10                  # fewest patients behind any number that leaves
+#   privacy: optional                 # or required: no plan without differential privacy
 
 # pacs:               # the archive that wardround-site ingest --pacs pulls from
 #   source: https://pacs.example/dicom-web   # or TITLE@host:port

@@ -104,6 +104,22 @@ def results(found: Sequence[Record], metric: str | None = None) -> Results:
     )
 
 
+def promise(run: Path) -> str:
+    """What a run with differential privacy promises a patient, in a line; empty for another run."""
+    try:
+        made = json.loads((run / "privacy.json").read_bytes())
+    except OSError:
+        return ""
+    one, other = (
+        "without bound" if made[key] is None else f"{made[key]:.4f}"
+        for key in ("epsilon", "epsilon_replace_one")
+    )
+    return (
+        f"privacy: epsilon {one} at delta {made['delta']:g} for a patient, by PRV "
+        f"({other} for one in another's place); {made['not_covered'][0]}"
+    )
+
+
 def show(run: Path, *, metric: str | None = None, markdown: bool = False) -> None:
     """Print a run's result table on standard output.
 
@@ -132,6 +148,8 @@ def show(run: Path, *, metric: str | None = None, markdown: bool = False) -> Non
     console.width = max(console.width, Console(width=10_000).measure(table).maximum)
     console.print(table)
     typer.echo(f"patients in brackets; run: {run}")
+    if line := promise(run):
+        typer.echo(line)
 
 
 def _place(model: str) -> tuple[int, str]:

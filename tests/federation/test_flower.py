@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from client.ledger import Ledger
+from strategies.privacy.accountant import Entry
 from tests.federation.loop import PROJECT, SITES, ToyLoop, locally, toy_loop
-from tests.toys import toy_plan
+from tests.toys import Toys, toy_cases, toy_plan
 
 pytestmark = pytest.mark.federation
 
@@ -108,3 +111,24 @@ def test_only_codes_leave_a_site(loop: ToyLoop) -> None:
     assert not outside
     for site in SITES:
         loop.trained(site)
+
+
+def test_a_private_run_charges_what_one_process_charges_and_tells_no_metrics(
+    loop: ToyLoop, ram: Path
+) -> None:
+    plan = toy_plan(
+        federation={"rounds": 2, "weight": "equal"},
+        privacy={"mode": "dpsgd", "sigma": 1.0, "nominal_patients": 5},
+    )
+    assert loop.finish(loop.submit("private", plan)) == "completed"
+    Toys(ram, plan, toy_cases()).train()
+    for site in SITES:
+        there, here = (
+            Ledger(f / "sites" / site / "ledger.jsonl", None).entries() for f in (loop.folder, ram)
+        )
+        assert there == here == [Entry(1.0, 2 / 5, 2 * 4)]
+        loop.trained(site)
+    run = loop.folder / "runs" / "private"
+    assert (run / "metrics.jsonl").read_text() == ""
+    said = json.loads((run / "privacy.json").read_text())
+    assert said["charged"] == {site: [{"sigma": 1.0, "q": 2 / 5, "steps": 8}] for site in SITES}

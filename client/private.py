@@ -1,0 +1,113 @@
+"""The local loop under differential privacy: who takes part in a step, and what a step's gradient is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from client.ledger import Ledger, Reservation
+from client.step import Stepper, precision
+from conf.schema import Plan
+from strategies.base import Correct
+from strategies.privacy import accountant
+from strategies.privacy.dpsgd import Clipper, Mechanism
+from strategies.privacy.preflight import gradients
+from tasks.base import Batch, Phase, Task
+from tasks.data.cache import Entry
+from tasks.seeds import generator
+
+Prepare = Callable[[Entry], Mapping[str, torch.Tensor]]
+
+
+class PrivateStepper(Stepper):
+    """A phase that reads patients: its gradient is the noised sum of clipped ones.
+
+    What an algorithm adds, what clips the step's whole gradient and what remembers earlier steps comes after
+    the noise, and so costs nothing.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        model: nn.Module,
+        plan: Plan,
+        correct: Correct | None,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        super().__init__(phase, model, plan, correct, parameters, optimizer)
+        self._mechanism = Mechanism.of(plan)
+        self._clipper = Clipper(
+            phase,
+            model,
+            clip=plan.privacy.clip,
+            chunk=plan.local.micro_chunk,
+            mapped=gradients(plan) == "vmap",
+        )
+
+    def _backward(self, batch: Sequence[Batch]) -> None:
+        """Gradients of the patients drawn; of none it is the noise alone."""
+        with precision(self._plan.local, next(iter(self._parameters.values())).device):
+            total = self._clipper.total(batch)
+        for name, gradient in self._mechanism.privatise(total).items():
+            parameter = self._parameters[name]
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+
+
+def draws(
+    plan: Plan,
+    task: Task,
+    patients: Mapping[str, Sequence[Entry]],
+    prepare: Prepare,
+    *,
+    site: str,
+    round: int,
+    purpose: str,
+) -> Iterator[list[Batch]]:
+    """For each step the patients who take part, each with a batch of examples of its own.
+
+    Who takes part comes from the operating system. Which examples, and how they are changed, comes from a
+    generator for each patient and step: were they drawn in turn from one generator, a patient less would
+    change the draws of all who come later, and the sum by more than the clip norm.
+    """
+    mechanism, keys, step = Mechanism.of(plan), list(patients), 0
+    while True:
+        chosen = []
+        for key in mechanism.sample(keys):
+            draw = generator(plan.seed, site, round, "train", f"{purpose}\x1f{step}\x1f{key}")
+            entries = patients[key]
+            picked = torch.randint(len(entries), (plan.privacy.examples,), generator=draw).tolist()
+            chosen.append(task.batch([prepare(entries[i]) for i in picked], draw))
+        yield chosen
+        step += 1
+
+
+@dataclass
+class Charges:
+    """What one instruction reserves in the site's ledger.
+
+    Attributes:
+        rounds: how many the run has left, this one included: the ledger prices them once.
+    """
+
+    ledger: Ledger
+    run: str
+    rounds: int
+    made: list[Reservation] = field(default_factory=list)
+
+    def __call__(self, mechanism: Mechanism, steps: int) -> None:
+        """Reserve so many steps, durably, before the first.
+
+        Raises:
+            Stop: (`BUDGET`) the hospital's limits do not allow it.
+        """
+        entry = accountant.Entry(mechanism.sigma, mechanism.rate, steps)
+        self.made.append(self.ledger.reserve(entry, run=self.run, whole=steps * self.rounds))
+
+    def settle(self) -> None:
+        """The release was made."""
+        for reservation in self.made:
+            reservation.settle()

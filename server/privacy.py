@@ -1,0 +1,110 @@
+"""What a run with differential privacy promises a patient, in its own record."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.exits import Exit, Stop
+from conf.files import no_space, write_atomic
+from conf.schema import Plan
+from strategies import build_strategy
+from strategies.base import Study
+from strategies.privacy.accountant import Entry, across, calibrate, merged, prv, replace_one
+from strategies.privacy.dpsgd import steps
+
+#: what stands beside the noised updates, in a simulation and in a deployed run
+_SIMULATED = (
+    "metrics, and the sums behind trivial rows, are exact: they are not accounted for (simulation only)",
+    "choosing a round or a setting by those metrics is not accounted for",
+    "baselines are trained for comparison and are no part of this promise",
+    "what data.plan=auto counted before the run is exact and not accounted for",
+)
+_DEPLOYED = (
+    "counted from what the sites were asked to do: each one's ledger has the last word, over all runs",
+)
+
+
+def calibrated(plan: Plan) -> Plan:
+    """The plan with the least noise whose ε, over every round it has, is what it asks for.
+
+    A round that has to be tried again costs more than planned: the ledgers know, and so does `statement`.
+
+    Raises:
+        Stop: (`CONFIG`) no noise is enough.
+    """
+    privacy = plan.privacy
+    if privacy.mode == "none" or privacy.sigma:
+        return plan
+    study, strategy = Study.of(plan), build_strategy(plan)
+    whole = plan.federation.rounds * strategy.fits * steps(plan, study.task.phases)
+    rate = plan.local.batch_size / privacy.nominal_patients
+    try:
+        sigma = calibrate(privacy.epsilon, privacy.delta, whole, rate)
+    except ValueError as error:
+        raise Stop(Exit.CONFIG, f"privacy.epsilon is {privacy.epsilon:g}: {error}") from None
+    found = privacy.model_copy(update={"sigma": sigma, "epsilon": 0.0})
+    return plan.model_copy(update={"privacy": found})
+
+
+def charges(plan: Plan, journal: Path) -> dict[str, list[Entry]]:
+    """What each site was asked to release in a run, as the coordinator saw it; a failure may have released.
+
+    Args:
+        journal: the run's `journal.jsonl`.
+    """
+    study, strategy = Study.of(plan), build_strategy(plan)
+    seen = {
+        (site, line["round"], line["attempt"], line["stage"])
+        for line in map(json.loads, journal.read_text().splitlines())
+        if str(line.get("stage", "")).partition("/")[0] == "train"
+        for site in line.get("answered", [line.get("site")])
+    }
+    rate = plan.local.batch_size / plan.privacy.nominal_patients
+    one = Entry(plan.privacy.sigma, rate, strategy.fits * steps(plan, study.task.phases))
+    return {site: [one] * times for site, times in Counter(site for site, *_ in seen).items()}
+
+
+def statement(
+    plan: Plan, entries: Mapping[str, Sequence[Entry]], *, deployed: bool = False
+) -> dict[str, Any]:
+    """ε at the plan's δ, over all that was charged to each site's ledger; hospitals share no patient.
+
+    Args:
+        entries: of this run, by site.
+    """
+    delta = plan.privacy.delta
+    # sites that were asked equally often have equal entries, and PRV takes a second for each
+    kinds = {merged(found) for found in entries.values()}
+    add_remove = {kind: prv(kind, delta) for kind in kinds}
+    replaced = {kind: replace_one(kind, delta) for kind in kinds}
+    by_site = {name: add_remove[merged(found)] for name, found in entries.items()}
+    return {
+        "unit": "patient, at one hospital",
+        "mechanism": "DP-SGD: Poisson sampling, Gaussian noise",
+        "accountant": "PRV (Opacus), all steps composed at once",
+        "clip": plan.privacy.clip,
+        "delta": delta,
+        "epsilon": _finite(across(by_site)),
+        "epsilon_replace_one": _finite(max(replaced.values(), default=0.0)),
+        "charged": {
+            name: [{"sigma": e.sigma, "q": e.q, "steps": e.steps} for e in merged(found)]
+            for name, found in sorted(entries.items())
+        },
+        "not_covered": list(_DEPLOYED if deployed else _SIMULATED),
+    }
+
+
+def keep(made: Mapping[str, Any], folder: Path) -> None:
+    """Write `privacy.json` into a run's folder."""
+    with no_space(folder, "wardround resume"):
+        write_atomic(folder / "privacy.json", (json.dumps(made, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _finite(epsilon: float) -> float | None:
+    """JSON has no infinity; none says that there is no bound."""
+    return epsilon if math.isfinite(epsilon) else None
