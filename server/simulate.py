@@ -26,7 +26,6 @@ from server.exchange.pool import recycle
 from server.exchange.virtual import VirtualExchange
 from server.privacy import calibrated, keep, statement
 from server.progress import bar, note
-from server.report.table import promise
 from server.rounds import Run
 from server.runfolder import RunFolder
 from strategies import QUESTIONS
@@ -262,7 +261,6 @@ class Simulation:
         if plan.privacy.mode != "none":
             charged = {name: made(name).charged(self.folder.id) for name in self.federation.sites}
             keep(statement(plan, charged), self.folder.path)
-            note(promise(self.folder.path))
 
     def _count(self) -> int:
         """One process a core; where sites are few, one a site: three sites then share two cores evenly."""
