@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +20,8 @@ import httpx
 from flwr.app import ArrayRecord, Message
 from flwr.common.constant import SubStatus
 from flwr.common.serde import run_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import Message as Head
 from flwr.proto.run_pb2 import Run as RunProto
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -49,10 +49,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from conf.exits import Exit, Stop
-from conf.files import sync_folder
+from conf.files import write_atomic
 from server.control import Control, control
 from server.exchange.flower import Courier, Node
-from strategies.letter import Answer, Call, Unreadable, run_key
+from strategies.letter import Answer, Call, run_key
 
 FLOWER = "1.41.0"
 if version("flwr") != FLOWER:
@@ -62,6 +62,8 @@ if version("flwr") != FLOWER:
 http_retry.__dict__["MAX_RETRY_DELAY"] = 3
 
 _AWAY = (502, 503, 504)
+_TRIES = 12  # for an object that is announced and not there: about four seconds
+_COMING_S = 300.0  # then the answer counts as lost, and the site is asked for it again
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ class Post(Courier):
             raise TypeError(f"needs Flower's HttpGrid; got {type(grid).__name__}")
         self._grid = grid
         self._names = {key.strip(): name for name, key in sites.items()}
+        self._coming: list[tuple[Head, ObjectTree, float]] = []  # answers and since when they are known
 
     def nodes(self) -> dict[str, Node]:
         """Sites that are online."""
@@ -112,33 +115,46 @@ class Post(Courier):
             time.sleep(0.15)
 
     def ready(self, ids: Iterable[str]) -> Iterator[tuple[str, Answer | None]]:
-        """Answers that are there, their objects fetched one answer at a time; None for one that is lost."""
+        """Answers that are there, their objects fetched one answer at a time; None for one that is lost.
+
+        SuperLink names an answer once, and before all of its objects are there: a slow site, or one that was
+        cut off, is tried again later, so that the others' answers need not wait for it.
+        """
         client, run = self._grid._runtime_client, self._grid.run.run_id
         fetch = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run)
-        waiting = client.PullMessages(PullAppMessagesRequest(message_ids=ids))
-        for head, tree in zip(waiting.messages_list, waiting.message_object_trees, strict=True):
+        named, now = client.PullMessages(PullAppMessagesRequest(message_ids=ids)), time.monotonic()
+        heads = zip(named.messages_list, named.message_object_trees, strict=True)
+        coming, self._coming = [*self._coming, *((head, tree, now) for head, tree in heads)], []
+        for head, tree, since in coming:
             asked = head.metadata.reply_to_message_id
             try:
                 names = [part.object_id for part in iterate_object_tree(tree)]
-                contents = pull_objects(names, fetch, initial_backoff=0.05, backoff_cap=0.5)
-            except ObjectPullError:
-                yield asked, None
+                contents = pull_objects(
+                    names, fetch, initial_backoff=0.05, backoff_cap=0.5, max_tries_per_object=_TRIES
+                )
+            except ObjectPullError as error:
+                if "limit reached" in str(error) and time.monotonic() - since < _COMING_S:
+                    self._coming.append((head, tree, since))
+                else:
+                    yield asked, None
                 continue
             client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(
                     node=self._grid.node, run_id=run, message_object_id=head.metadata.message_id
                 )
             )
-            yield asked, _answer(inflate_object_from_contents(head.metadata.message_id, contents))
+            yield asked, _answer(head.metadata.message_id, contents)
             del contents
 
 
-def _answer(message: object) -> Answer | None:
-    if not isinstance(message, Message) or message.has_error():
-        return None  # made by SuperLink: the node is gone, or its answer is
+def _answer(name: str, contents: dict[str, bytes]) -> Answer | None:
+    """The answer in a message's objects, whatever a site has put there."""
     try:
-        return Answer.from_content(message.content)
-    except Unreadable:
+        message = inflate_object_from_contents(name, contents)
+        if isinstance(message, Message) and message.has_error():
+            return None  # made by SuperLink: the node is gone, or its answer is
+        return Answer.from_content(message.content)  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001  Flower's own reader of a site's bytes raises all kinds
         return Answer("payload", "")
 
 
@@ -222,8 +238,8 @@ class Link:
                 try:
                     if given := client.AcquireTask(request).token:
                         break
-                except httpx.TransportError:
-                    log.info("SuperLink is away")
+                except httpx.TransportError as error:
+                    _away(error)
                 except httpx.HTTPStatusError as error:
                     if error.response.status_code in (401, 403):
                         raise Stop(Exit.LINK, "SuperLink refuses the SuperExec secret") from None
@@ -259,13 +275,24 @@ class Link:
             while True:
                 try:
                     return settle(superlink)
-                except httpx.TransportError:
-                    log.info("SuperLink is away")
+                except httpx.TransportError as error:
+                    _away(error)
                 except httpx.HTTPStatusError as error:
                     status = error.response.status_code
                     if status not in _AWAY:
                         raise Stop(Exit.LINK, f"SuperLink refuses the coordinator (HTTP {status})") from None
                 time.sleep(pause_s)
+
+
+def _away(error: httpx.TransportError) -> None:
+    """SuperLink does not answer: it may come back, but not with another certificate.
+
+    Raises:
+        Stop: (`LINK`).
+    """
+    if "certificate" in str(error).lower():
+        raise Stop(Exit.LINK, "SuperLink's certificate is not of the authority in --certificates") from None
+    log.info("SuperLink is away")
 
 
 def _is_over(error: Exception) -> bool:
@@ -298,11 +325,4 @@ def _kept(token: Path) -> dict[str, str] | None:
 
 def _keep(token: Path, kept: dict[str, str]) -> None:
     token.parent.mkdir(parents=True, exist_ok=True)
-    temporary = token.with_suffix(".part")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as file:
-        json.dump(kept, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(token)
-    sync_folder(token.parent)
+    write_atomic(token, json.dumps(kept).encode(), 0o600)

@@ -86,6 +86,11 @@ class Partial:
             while count := file.readinto(piece):
                 yield torch.frombuffer(piece, dtype=torch.int64, count=count // 8)
 
+    def close(self) -> None:
+        """Remove what a collection has spooled, where it will not be finished."""
+        for path, _, _ in self.rows.values():
+            Path(path).unlink(missing_ok=True)
+
     def _join(self, other: Partial) -> None:
         self.adds += other.adds
         self.weight += other.weight

@@ -139,10 +139,16 @@ class FlowerExchange:
                 self._standing.pop(site, None)
             jobs, letters = self._standing, self._letters
         asking = _Asking(self, order, heard, total, jobs, letters, self._strays)
-        late = asking.until(ask.need)
-        for job in late:
-            asking.fail(job, Failure("deadline"))
-        asking.cancel(late)
+        try:
+            late = asking.until(ask.need)
+            for job in late:
+                asking.fail(job, Failure("deadline"))
+            asking.cancel(late)
+        except BaseException:  # the run was stopped, say: this process goes on with another
+            total.close()
+            raise
+        if ask.need is None:
+            self._strays |= letters.keys()
         return ask.fold.finish(total, ask.spec)
 
     def _jobs(self, order: Order) -> dict[str, _Job]:
@@ -230,8 +236,10 @@ class _Asking:
             node = self.online.get(job.site)
             if node is None:
                 self._troubled(job, now)
-            elif job.node is not None and (
-                node != job.node or now - job.sent > self.exchange.wait_s + _OVERDUE_S
+            elif (
+                job.node is not None
+                and (node != job.node or now - job.sent > self.exchange.wait_s + _OVERDUE_S)
+                and not self._troubled(job, now)
             ):
                 log.info("%s is asked again: its agent is another, or long silent", job.site)
                 job.again("collect", now)
@@ -279,7 +287,8 @@ class _Asking:
         if answer is None:
             # SuperLink gave up on a letter; the node may be back already
             self.looked = -1e9
-            job.again("collect", now + _AGAIN_S)
+            if not self._troubled(job, now):
+                job.again("collect", now + _AGAIN_S)
         elif answer.status == "reply" and answer.key == job.key:
             self._fold(job, answer)
         elif answer.status == "pending":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -174,8 +175,9 @@ def test_what_may_not_be_folded_fails_that_site_alone(event: str, code: str, ram
     assert '"stage": "train", "answered": ["site_0", "site_2"]' in journal
 
 
-def test_a_site_that_stays_away_is_lost(ram: Path) -> None:
-    wire = Wire(toys(ram), site_1=["away"] * 10_000)
+@pytest.mark.parametrize("event", ["away", "lost", "silent", "restart", "another's key"])
+def test_a_site_that_never_answers_is_lost(event: str, ram: Path) -> None:
+    wire = Wire(toys(ram), site_1=[event] * 10_000)
     made = run_lost(ram, wire)
     assert '"site": "site_1", "code": "lost_site"' in (made.folder / "journal.jsonl").read_text()
 
@@ -201,6 +203,46 @@ def test_the_deadline_cancels(ram: Path) -> None:
     assert '"site": "site_1", "code": "deadline"' in (made.folder / "journal.jsonl").read_text()
     assert ("site_1", "cancel") in wire.seen
     assert ("site_0", "cancel") not in wire.seen
+
+
+def test_late_letters_are_taken_from_superlink_in_a_later_ask(ram: Path) -> None:
+    wire = Wire(toys(ram), site_1=["silent"])
+    made = Toys(ram, toy_plan(federation={"rounds": 1, "round_timeout_s": 0.2}), toy_cases())
+    exchange = FlowerExchange(wire, blobs=ram / "blobs", wait_s=30.0)
+    study, strategy = Study.of(made.plan), build_strategy(made.plan)
+    asked = Run(study, strategy, SITES, exchange, ram, "run", code_digest())
+    asked.train(evaluate=False)
+    assert '"site": "site_1", "code": "deadline"' in (ram / "journal.jsonl").read_text()
+    late = [letter for letter in exchange._strays if letter not in wire.posted]
+    assert len(late) == 1
+    wire.posted[late[0]] = Answer("reply", "0" * 64, b"late")
+    asked.score("federated", {"kind": "federated", **asked._down()}, "val")
+    assert not exchange._strays
+    assert not wire.posted
+
+
+class Stopped(BaseException):
+    """The run is over, says SuperLink."""
+
+
+def test_a_stopped_run_leaves_no_spooled_answer(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(ram / "spool"))
+    (ram / "spool").mkdir()
+    wire = Wire(toys(ram), site_2=["silent"])
+    send, posts = wire.send, 0
+
+    def stop(calls: Mapping[int, Call], group: str) -> dict[str, int]:
+        nonlocal posts
+        posts += "train" in group
+        if posts == 2:
+            assert len(list((ram / "spool").iterdir())) == 2
+            raise Stopped
+        return send(calls, group)
+
+    monkeypatch.setattr(wire, "send", stop)
+    with pytest.raises(Stopped):
+        run(ram, wire, "median")
+    assert not list((ram / "spool").iterdir())
 
 
 def test_an_asynchronous_run_waits_for_as_many_as_it_needs(ram: Path) -> None:
