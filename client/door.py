@@ -18,6 +18,7 @@ from strategies.letter import Answer, Call, Unreadable
 
 SERVICE = "wardround.Trainer"
 METHOD = f"/{SERVICE}/Do"
+STAGES = ("plan", "train", "evaluate", "trivial", "fingerprint", "other")
 GRACE_S = 30.0
 """What a call may take beyond the wait that it asks for."""
 
@@ -63,7 +64,7 @@ def unframe(messages: Iterable[bytes], count: int) -> tuple[dict[str, Any], list
 
 @dataclass(frozen=True)
 class Given:
-    """An answer, and what may be counted about it: names from finite sets and seconds."""
+    """An answer, and what may be counted about it: one of `STAGES`, `update` or a failure's code, seconds."""
 
     answer: Answer
     stage: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from conf.schema import Frozen, Plan
+from strategies.failures import Refused
 
 
 class Policy(Frozen):
@@ -28,8 +29,6 @@ class Policy(Frozen):
         Raises:
             Refused: (`policy`).
         """
-        from strategies.protocol import Refused  # it brings torch, and a site's file holds a policy
-
         if self.tasks is not None and plan.task.name not in self.tasks:
             raise Refused("policy", f"task {plan.task.name}")
         if self.models is not None and plan.model.name not in self.models:
@@ -43,8 +42,6 @@ class Policy(Frozen):
         Raises:
             Refused: (`policy`, `data`).
         """
-        from strategies.protocol import Refused
-
         if self.statistics == "none":
             raise Refused("policy", "statistics stay home")
         if patients == 0:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 
-from client.door import Given
+from client.door import STAGES, Given
+from strategies.failures import CODES
 from strategies.letter import OPERATIONS, STATUSES
 
-_WORD = re.compile(r"[a-z_]{1,32}")
+OUTCOMES = ("update", *CODES, "other")
 
 
 class Meter:
@@ -45,6 +44,7 @@ class Meter:
         self._bytes.labels("up").inc(len(answer.reply))
         if answer.status == "reply":
             # the trainer is the site's own; a newer one may still know words that this agent does not
-            stage, outcome = (w if _WORD.fullmatch(w) else "other" for w in (given.stage, given.outcome))
+            stage = given.stage if given.stage in STAGES else "other"
+            outcome = given.outcome if given.outcome in OUTCOMES else "other"
             self._work.labels(stage, outcome).inc()
             self._seconds.labels(stage).inc(given.seconds)

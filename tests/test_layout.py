@@ -21,6 +21,7 @@ CORE = (
     "conf/exits.py",
     "tasks/base.py",
     "tasks/metrics.py",
+    "strategies/failures.py",
     "strategies/protocol.py",
     "strategies/exact.py",
     "strategies/base.py",
