@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from client.door import Door, Given
 from client.fleet import Fleet, Gone, Letter, read_key
@@ -44,19 +45,19 @@ class Agent:
     bundles: Collection[str]
     meter: Meter = field(default_factory=Meter)
 
-    def run(self, stop: threading.Event) -> None:
-        """Carry until told to stop.
+    def run(self) -> NoReturn:
+        """Carry until the process ends.
 
         Raises:
             Gone: the lease was lost.
         """
         heard = time.monotonic()
         room = threading.Semaphore(_AT_ONCE)
-        while not stop.is_set():
+        while True:
             letter = self.fleet.receive()
             if letter is None:
                 since = time.monotonic() - heard
-                stop.wait(min(max(_SHORTEST_S, _SHARE * since), _LONGEST_S))
+                time.sleep(min(max(_SHORTEST_S, _SHARE * since), _LONGEST_S))
                 continue
             heard = time.monotonic()
             room.acquire()
@@ -103,9 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    stop = threading.Event()
+
+    def told(*_: object) -> None:
+        raise SystemExit(0)  # also out of waiting for a SuperLink that is away
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, told)
     meter = Meter()
     if asked.metrics:
         meter.serve(asked.metrics)
@@ -114,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         log.info("agent is ready")
         try:
             bundles = frozenset(asked.bundles.read_text().split())
-            Agent(fleet, Door(asked.socket), bundles, meter).run(stop)
+            Agent(fleet, Door(asked.socket), bundles, meter).run()
         except Gone:
             raise Stop(Exit.LINK, "SuperLink has ended this node's lease; start again") from None
 

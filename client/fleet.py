@@ -147,7 +147,10 @@ class Fleet:
         """
         if self._lost.is_set():
             raise Gone
-        answer = self._patiently(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        try:
+            answer = self._patiently(self._client.PullMessages, PullMessagesRequest(node=self._node))
+        except httpx.HTTPStatusError:
+            raise Gone from None
         if not answer.messages_list:
             return None
         return Letter(message_from_proto(answer.messages_list[0]), answer.message_object_trees[0])
@@ -208,7 +211,7 @@ class Fleet:
             try:
                 if not self._patiently(self._client.SendNodeHeartbeat, request).success:
                     self._lost.set()
-            except (httpx.HTTPError, RuntimeError):
+            except (httpx.HTTPError, RuntimeError, Stop):
                 if not self._closed.is_set():
                     self._lost.set()
             if self._lost.is_set():
@@ -224,9 +227,14 @@ class Fleet:
                 if error.response.status_code not in _AWAY:
                     raise
             except httpx.TransportError as error:
-                if self._closed.is_set() or "certificate" in str(error).lower():
+                if "certificate" in str(error).lower():
+                    raise Stop(
+                        Exit.LINK, "SuperLink's certificate is not of the authority in --certificates"
+                    ) from None
+                if self._closed.is_set():
                     raise
-            log.debug("SuperLink is away; again in %.1f s", pause)
+            if pause == _FIRST_S:
+                log.info("SuperLink is away")
             time.sleep(pause)
             pause = min(2 * pause, _LAST_S)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import importlib
 import logging
@@ -17,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +26,12 @@ import grpc
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from client.door import SERVICE, Given, frame, unframe
+from client.door import SERVICE, STAGES, Given, frame, unframe
+from client.errors import code_of
 from client.train import Bench
 from conf.console import ended
 from conf.exits import Exit, Stop
+from conf.files import only_one
 from strategies.letter import Answer, Call, Unreadable, run_key
 from strategies.protocol import Failure, Instruction, Refused, Reply, Tree, digest, pack, unpack
 from tasks.start import HEAVY, without_plots
@@ -38,7 +39,6 @@ from tasks.start import HEAVY, without_plots
 _ROOM = 8  # jobs that may wait: each holds its payload in memory
 _LONGEST_S = 30.0  # a call waits no longer, whatever it asks for: the agent's thread is freed
 _THREADS = 16
-_STAGES = ("plan", "train", "evaluate", "trivial")
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,16 @@ class Trainer:
         site: answers instructions, one at a time.
         bench: what `site` trains on; its `halt` is set, so that a job can be cancelled.
         preload: modules that are imported before the first job, while nobody waits.
+        broken: called where no job can be done any more: calls would wait for ever.
     """
 
-    def __init__(self, site: Handler, bench: Bench, preload: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        site: Handler,
+        bench: Bench,
+        preload: Sequence[str] = (),
+        broken: Callable[[], None] = lambda: None,
+    ) -> None:
         self._site = site
         self._jobs: dict[str, _Job] = {}
         self._change = threading.Condition()
@@ -86,6 +93,7 @@ class Trainer:
         self._bench = bench
         bench.halt = self._halt
         self._preload = preload
+        self._broken = broken
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
         self._thread.start()
 
@@ -116,15 +124,19 @@ class Trainer:
             self._change.notify_all()
 
     def _work(self) -> None:
-        for name in self._preload:
-            importlib.import_module(name)
-        _warm_up(self._bench)
+        try:
+            for name in self._preload:
+                importlib.import_module(name)
+            _warm_up(self._bench)
+            self._do_jobs()
+        except BaseException:
+            log.exception("no job can be done any more")
+            self._broken()
+
+    def _do_jobs(self) -> None:
         while (job := self._next()) is not None:
-            call, job.call = job.call, None
             began = time.monotonic()
-            reply, stage = self._answer(job, call) if call else (Reply("", Failure("internal")), "")
-            outcome = reply.body.code if isinstance(reply.body, Failure) else "update"
-            blob = pack(reply.to_tree())
+            blob, stage, outcome = self._packed(job)
             job.given = Given(Answer("reply", job.key, blob), stage, outcome, time.monotonic() - began)
             log.info("%s: %s after %.1f s", stage, outcome, job.given.seconds)
             with self._change:
@@ -144,19 +156,33 @@ class Trainer:
             self._now = job if self._open else None
             return self._now
 
-    def _answer(self, job: _Job, call: Call) -> tuple[Reply, str]:
+    def _packed(self, job: _Job) -> tuple[bytes, str, str]:
+        """The packed reply, its stage and outcome."""
+        stage = ""
         try:
+            reply, stage = self._answer(job)
+            outcome = reply.body.code if isinstance(reply.body, Failure) else "update"
+            return pack(reply.to_tree()), stage, outcome
+        except Exception as error:  # noqa: BLE001  no memory to pack in, say: this job's failure alone
+            failure = Failure(code_of(error))
+            return pack(Reply(self._site.name, failure).to_tree()), stage, failure.code
+
+    def _answer(self, job: _Job) -> tuple[Reply, str]:
+        call, job.call = job.call, None
+        try:
+            if call is None:
+                raise Refused("internal")
             instruction = Instruction.from_tree(unpack(call.instruction))
             if digest(call.common) != instruction.common:
                 raise Refused("payload", "common")
             common = unpack(call.common)
         except Refused as refusal:
             return Reply(self._site.name, Failure(refusal.code)), ""
-        del call
+        del call  # the packed payload is not needed beside what it held
         if job.cancelled.is_set():
             return Reply(self._site.name, Failure("cancelled")), ""
         stage = instruction.stage.partition("/")[0]
-        return self._site.handle(instruction, common), stage if stage in _STAGES else "other"
+        return self._site.handle(instruction, common), stage if stage in STAGES else "other"
 
     def _halt(self) -> None:
         if self._now is not None and self._now.cancelled.is_set():
@@ -205,11 +231,8 @@ def serving(trainer: Trainer, socket: Path) -> Iterator[grpc.Server]:
     """
     socket.parent.mkdir(parents=True, exist_ok=True)
     socket.parent.chmod(0o700)
-    with socket.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Stop(Exit.SITE_BUSY, f"another trainer listens on {socket}; stop it first") from None
+    another = Stop(Exit.SITE_BUSY, f"another trainer listens on {socket}; stop it first")
+    with only_one(socket.with_suffix(".lock"), another):
         socket.unlink(missing_ok=True)
         server = grpc.server(futures.ThreadPoolExecutor(_THREADS), options=[("grpc.so_reuseport", 0)])
         handlers = {"Do": _behaviour(trainer)}
@@ -251,13 +274,24 @@ def leave_network() -> bool:
 
 
 def serve(site: Handler, bench: Bench, socket: Path, preload: Sequence[str] = ()) -> None:
-    """Serve until told to stop (SIGTERM, SIGINT)."""
-    stop = threading.Event()
+    """Serve until told to stop (SIGTERM, SIGINT).
+
+    Raises:
+        Stop: (`INTERNAL`) no job can be done any more; whoever started this process starts it again.
+    """
+    stop, broken = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with serving(Trainer(site, bench, preload), socket):
+
+    def give_up() -> None:
+        broken.set()
+        stop.set()
+
+    with serving(Trainer(site, bench, preload, give_up), socket):
         log.info("trainer of %s is ready", site.name)
         stop.wait()
+    if broken.is_set():
+        raise Stop(Exit.INTERNAL, "no job can be done any more; this process' log has the reason")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -265,6 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="client.trainer", description="Train behind a Unix socket.")
     parser.add_argument("site", type=Path, help="site.yaml")
     asked = parser.parse_args(arguments)
+    os.umask(0o077)  # replies, states and incidents are the hospital's own
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not leave_network():
         log.warning("this process keeps its network: the system does not let it go")

@@ -173,6 +173,26 @@ def test_large_frames_travel_in_pieces(door: Door, site: Slow) -> None:
     assert door.ask(Call("train", digest(asked), 5.0, asked, common)).outcome == "update"
 
 
+class Unpackable(Slow):
+    """Its replies cannot be packed."""
+
+    def handle(self, instruction: Instruction, common: Tree) -> Reply:
+        return Reply(self.name, Update({}, weight=cast(int, float("nan"))))
+
+
+def test_a_reply_that_cannot_be_packed_fails_that_job_alone(ram: Path) -> None:
+    site = Unpackable()
+    with serving(Trainer(site, site.bench), ram / "run" / "t.sock"):
+        door = Door(ram / "run" / "t.sock")
+        assert [door.ask(call(round=r)).outcome for r in (1, 2)] == ["internal", "internal"]
+
+
+def test_a_trainer_that_can_do_no_job_says_so(site: Slow) -> None:
+    broken = threading.Event()
+    Trainer(site, site.bench, ["no_such_module"], broken.set)
+    assert broken.wait(10)
+
+
 def test_nobody_at_home(ram: Path) -> None:
     assert Door(ram / "t.sock").ask(call()).answer.status == "away"
 
