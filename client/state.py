@@ -94,6 +94,8 @@ class Memory:
         if state is not None:
             record["state"] = state
             path = self._path(instruction.epoch, "tentative")
+        for left in self._folder.glob(".*.part"):  # of a process that was killed as it wrote
+            left.unlink()
         write_atomic(path, pack(record))
         for old in self._folder.glob("reply-*"):
             # what is settled is asked again only by a coordinator that falls back by one checkpoint

@@ -33,6 +33,8 @@ Example = Mapping[str, Tensor]
 Charge = Callable[[Mechanism, int], None]
 """Reserves so many steps of a mechanism in the site's ledger, durably, or raises."""
 
+_STUDIES = 8  # each holds a model's first weights, and a trainer may live for many runs
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -90,6 +92,9 @@ class Bench:
         known = self._plans.get(id(plan))
         if known is None:
             if plan.digest not in self._studies:
+                if len(self._studies) >= _STUDIES:
+                    for made in (self._plans, self._studies, self._specs):
+                        made.clear()
                 self._studies[plan.digest] = Study.of(plan), build_strategy(plan)
             # the plan is held too, or another could come to have its identity
             known = self._plans[id(plan)] = plan, *self._studies[plan.digest]
@@ -139,6 +144,8 @@ class Bench:
         """The plan's model, on the device; its weights are whatever was there last, its counters new."""
         if self._model is None or self._model[0] != study.digest:
             self._optimizers.clear()  # they hold the old model's parameters
+            self._prepared.clear()  # for another plan
+            self._held = 0
             model = fresh_model(study.plan, study.task).to(self.device)
             if self.device.type == "cuda":
                 channels_last(model)

@@ -60,7 +60,10 @@ def save(folder: Path, progress: Progress, keep: int) -> None:
             sync_folder(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    for old in _all(folder)[:-keep]:
+    for old in (
+        *_all(folder)[:-keep],
+        *folder.glob(".round-*.part"),
+    ):  # half-written ones of killed processes
         shutil.rmtree(old)
 
 

@@ -173,6 +173,9 @@ class Strategy:
     fits = 1
     """How often a site trains in a round: what a round costs under DP."""
 
+    tells = ""
+    """What a site's answer says of its patients beside the trained weights; no private mode covers it."""
+
     scored = True
     """Whether there is a model to score as the rounds go on."""
 
@@ -207,7 +210,8 @@ class Strategy:
             return Spec({f"sums/{n}": (tuple(t.shape), torch.float64) for n, t in sums.items()}, 1, 2.0**31)
         if kind == "evaluate":
             size = study.task.statistics().to_vector().numel()
-            return Spec({"statistics/sum": ((size,), torch.float64)}, 1, 0.0)
+            # far beyond any true one, and no sum of them or of their squares is infinite
+            return Spec({"statistics/sum": ((size,), torch.float64)}, 1, 2.0**100)
         raise Refused("stage", stage)
 
     def stages(self, study: Study) -> dict[str, int]:

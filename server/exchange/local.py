@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from conf.files import sweep_scratch
 from server.exchange import Handler, Heard
 from server.exchange.crew import Crew
 from server.exchange.pool import Item
@@ -26,7 +25,6 @@ class LocalExchange(VirtualExchange):
     """
 
     def __init__(self, sites: Callable[[str], Handler], *, blobs: Path, seed: int, workers: int = 1) -> None:
-        sweep_scratch()
         super().__init__(Workers(sites, workers) if workers > 1 else Here(sites), blobs=blobs, seed=seed)
 
 

@@ -16,7 +16,7 @@ from typing import Self
 
 import torch
 
-from conf.files import write_atomic
+from conf.files import sweep_scratch, write_atomic
 from server.exchange import Heard, Order
 from server.exchange.pool import Carrier, Item
 from strategies.exact import Fold, Folded, Partial
@@ -43,6 +43,7 @@ class VirtualExchange:
     """
 
     def __init__(self, carrier: Carrier, *, blobs: Path, seed: int) -> None:
+        sweep_scratch()
         self.carrier = carrier
         self._blobs = blobs
         self._seed = seed

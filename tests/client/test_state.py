@@ -118,6 +118,8 @@ def test_what_a_crash_left_half_written_is_no_record(tmp_path: Path) -> None:
     (tmp_path / ".state-000002-0.tentative.safetensors.123.part").write_bytes(b"half")
     assert memory.settle((1, 0)) == {"at": [1, 0]}
     assert memory.recall(asked((2, 0), (1, 0))) is None
+    counted(memory, (2, 0))
+    assert not list(tmp_path.glob(".*"))  # nor does it stay
 
 
 Step = tuple[int, int, bool, bool]

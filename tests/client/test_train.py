@@ -331,6 +331,19 @@ def test_a_stage_runs_on_the_plans_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_bench_of_many_runs_does_not_grow_with_them() -> None:
+    bench, cases = Bench("cpu"), {"train": [patient("p", 1.0, 1.0)]}
+    plans = [toy_plan(local={"lr": 0.1 / n}) for n in range(1, 40)]
+    for plan in plans:
+        study, strategy = bench.study(plan)
+        bench.spec(study, strategy, "train")
+        session(cases=cases, plan=plan, bench=bench).fit({"w": torch.zeros(3)})
+        assert len(bench._prepared) == len(bench._optimizers) == 1
+        assert max(len(bench._plans), len(bench._studies), len(bench._specs)) <= 8
+    assert bench._held == sum(t.nbytes for t in next(iter(bench._prepared.values())).values())
+    assert bench.study(plans[0])[0].plan == plans[0]
+
+
 @pytest.mark.parametrize(("capacity", "loads"), [(2**20, 2), (48, 2), (24, 1 + 4), (0, 8)])
 def test_prepared_cases_are_kept_up_to_the_capacity(capacity: int, loads: int) -> None:
     cases = [patient(f"p{i}", 1.0 + i, 1.0) for i in range(2)]

@@ -166,6 +166,39 @@ def test_past_the_deadline_the_rest_are_failures(ram: Path) -> None:
     assert late == ["site_1", "site_2"]  # checked between sites: the first has its answer in
 
 
+def test_what_a_killed_process_left_half_written_goes_with_the_next_checkpoint(ram: Path) -> None:
+    left = ram / "checkpoints" / ".round-0002.99.part"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    Toys(ram, toy_plan(), toy_cases()).train()
+    assert {path.name for path in left.parent.iterdir()} == {"round-0002", "round-0003"}
+
+
+def test_an_endless_score_is_refused(ram: Path) -> None:
+    """Two of them would add up to infinity patients, which no one can round."""
+
+    def boasting(site: Handler, name: str) -> Handler:
+        return Boasting(site) if name != "site_0" else site
+
+    made = replace(Toys(ram, toy_plan(), toy_cases()), wrap=boasting)
+    made.train()
+    lines = [json.loads(line) for line in (ram / "metrics.jsonl").read_text().splitlines()]
+    assert {line["site"] for line in lines} == {"all", "site_0"}
+
+
+@dataclass
+class Boasting:
+    """Its scores are beyond measure."""
+
+    site: Handler
+
+    def handle(self, instruction: Instruction, common: Tree) -> Reply:
+        reply = self.site.handle(instruction, common)
+        if instruction.stage.startswith("evaluate") and isinstance(reply.body, Update):
+            return replace(reply, body=Update({n: t + 1.7e308 for n, t in reply.body.tensors.items()}))
+        return reply
+
+
 def test_no_site_accepts_the_plan(ram: Path) -> None:
     made = Toys(ram, toy_plan(), toy_cases(), wrap=lambda site, name: replace(site, code="another"))  # type: ignore[type-var]
     with pytest.raises(Stop, match="0 sites accept the plan; need 1: code: site_0, site_1, site_2") as stop:
