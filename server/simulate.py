@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from client.site import Archive, Bench, Ledger, Plans, Policy, Site
-from conf.exits import Exit, Stop
+from conf.console import ended
+from conf.exits import HELP, Exit, Stop
 from conf.schema import Data, Plan, Section, Settings
 from server.checkpoint import latest
 from server.cluster import cluster
@@ -28,6 +29,7 @@ from server.privacy import calibrated, keep, statement
 from server.progress import bar, note
 from server.rounds import Run
 from server.runfolder import RunFolder
+from server.supervisor import die_with_parent
 from strategies import QUESTIONS
 from strategies.base import Tensors
 from strategies.code import code_digest
@@ -357,17 +359,25 @@ def _side_by_side(jobs: Mapping[str, tuple[Callable[..., None], tuple[Any, ...],
         Stop: one of them failed; the others have ended.
     """
     context = multiprocessing.get_context("fork")
-    waiting, running, failed = deque(jobs.items()), dict[int, tuple[str, BaseProcess]](), list[str]()
+    waiting, running, failed = deque(jobs.items()), dict[int, tuple[str, BaseProcess]](), dict[str, int]()
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
             name, (function, arguments, options) = waiting.popleft()
-            process: BaseProcess = context.Process(target=function, args=arguments, kwargs=options)
+            job = partial(function, *arguments, **options)
+            process: BaseProcess = context.Process(target=_alone, args=(job,), daemon=True)
             process.start()
             running[process.sentinel] = name, process
         for sentinel in wait(list(running)):
             name, process = running.pop(int(str(sentinel)))
             process.join()
             if process.exitcode:
-                failed.append(name)
+                failed[name] = process.exitcode
     if failed:
-        raise Stop(Exit.INTERNAL, f"baseline {', '.join(failed)} failed; its error stands above")
+        code = next((Exit(code) for code in failed.values() if code in HELP), Exit.INTERNAL)
+        raise Stop(code, f"baseline {', '.join(failed)} failed; its error stands above")
+
+
+def _alone(job: Callable[[], None]) -> None:
+    """A forked process' work; whatever ends its parent ends it too."""
+    die_with_parent()
+    ended(job)

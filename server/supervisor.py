@@ -51,15 +51,18 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
         self.end([name for name in self._kept if name != "superlink"])
         # SuperLink last: it waits half a minute for a connection that is still open
         self.end(list(self._kept))
+        # and the thread after them: what it has started would be killed with it
+        self._ended.set()
+        self._thread.join()
 
     def end(self, names: Sequence[str]) -> None:
-        """SIGTERM, and SIGKILL for what does not mind it."""
-        running = [process for name in names if (process := self._kept[name].process) is not None]
+        """SIGTERM, and SIGKILL for what does not mind it; they are not started again."""
+        with self._lock:
+            ending = [self._kept.pop(name) for name in names]
+        running = [kept.process for kept in ending if kept.process is not None]
         for process in running:
             process.terminate()
         end = time.monotonic() + _END_S
@@ -96,7 +99,7 @@ class Supervisor:
                 cwd=self.folder,
                 env=dict(self.environment),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         kept.started = time.monotonic()
 
@@ -107,7 +110,9 @@ class Supervisor:
                     now = time.monotonic()
                     if kept.process is None:
                         if now >= kept.due:
-                            self._launch(name, kept)
+                            with suppress(OSError):  # no memory just now, say
+                                kept.due = now + _LAST_S
+                                self._launch(name, kept)
                     elif kept.process.poll() is not None:
                         kept.process = None
                         steady = now - kept.started > _STEADY_S
@@ -115,5 +120,6 @@ class Supervisor:
                         kept.due = now + kept.pause
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Ask the system to kill this process when the thread that made it is gone."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
