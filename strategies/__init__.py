@@ -25,8 +25,8 @@ STRATEGIES = Table(
         "flower_krum": "strategies.flower:Krum",
         "flower_multi_krum": "strategies.flower:MultiKrum",
         "flower_bulyan": "strategies.flower:Bulyan",
-        "flower_trimmed_avg": "strategies.flower:TrimmedAvg",
-        "flower_median": "strategies.flower:Median",
+        "flower_trimmed_avg": "strategies.flower:FedTrimmedAvg",
+        "flower_median": "strategies.flower:FedMedian",
         "flower_qfedavg": "strategies.flower:QFedAvg",
         "flower_fedavgm": "strategies.flower:FedAvgM",
         "flower_fedadagrad": "strategies.flower:FedAdagrad",
@@ -43,12 +43,18 @@ def build_strategy(plan: Plan) -> Strategy:
     """The strategy that `plan` names.
 
     Raises:
-        Stop: unknown, a hyper-parameter out of bounds, or no room in its sums for the plan's bounds.
+        Stop: unknown, a hyper-parameter out of bounds, no room in its sums for the plan's bounds, or a
+            privacy mode that does not cover what its sites tell.
     """
+    from conf.exits import Exit, Stop
     from strategies.exact import Sum, ring_bits
 
     table = QUESTIONS if plan.strategy.name in QUESTIONS else STRATEGIES
     built: Strategy = table.build(plan.strategy)
+    name, mode = plan.strategy.name, plan.privacy.mode
+    if built.tells and mode != "none":
+        what = f"strategy {name} sends {built.tells}, which privacy.mode {mode} puts no noise on"
+        raise Stop(Exit.CONFIG, f"{what}: choose another strategy, or privacy.mode=none for public data")
     if isinstance(built.fold(), Sum):
         ring_bits(plan.federation.max_weight, plan.federation.max_value)
     return built

@@ -31,6 +31,15 @@ Count = Annotated[int, Ge(0)]
 Rate = Annotated[float, Gt(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 
+#: Flower's names for our settings, where they differ
+_THEIRS = {
+    "hostile": "num_malicious_nodes",
+    "select": "num_nodes_to_select",
+    "lr": "eta",
+    "beta1": "beta_1",
+    "beta2": "beta_2",
+}
+
 
 class _Flower(Strategy):
     """One strategy of Flower's that looks at whole models."""
@@ -42,9 +51,13 @@ class _Flower(Strategy):
         """Fewest answers that it can work with."""
         return 1
 
+    def settings(self, answers: int, study: Study) -> dict[str, Any]:
+        """Arguments of Flower's class, which has the name of this one, for so many answers."""
+        return {_THEIRS.get(name, name): value for name, value in vars(self).items()}
+
     def made(self, answers: int, study: Study) -> Any:
-        """Flower's object, for so many answers."""
-        raise NotImplementedError
+        """Flower's object."""
+        return getattr(library(), type(self).__name__)(**self.settings(answers, study))
 
     def fold(self) -> Fold:
         return Collect()
@@ -160,94 +173,74 @@ def _means(folded: Collected, before: Tensors, names: list[str]) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Krum(_Flower):
-    """The one model nearest to its neighbours (Blanchard et al., 2017, arXiv:1703.02757).
-
-    Attributes:
-        hostile: sites that it must stand, the paper's f: needs 2 f + 3 answers. 0: stands none, needs one.
+class _Robust(_Flower):
+    """Attributes:
+    hostile: sites that it must stand, the paper's f. 0: stands none, and works with one answer.
     """
 
+    enough: ClassVar[tuple[int, int]] = (2, 3)
+    """Answers needed for each hostile site, and beside."""
     hostile: Count = 0
 
     @property
     def needed(self) -> int:
-        return 2 * self.hostile + 3 if self.hostile else 1
-
-    def made(self, answers: int, study: Study) -> Any:
-        return library().Krum(num_malicious_nodes=self.hostile)
+        each, beside = self.enough
+        return each * self.hostile + beside if self.hostile else 1
 
 
 @dataclass(frozen=True)
-class MultiKrum(_Flower):
+class Krum(_Robust):
+    """The one model nearest to its neighbours (Blanchard et al., 2017, arXiv:1703.02757)."""
+
+
+@dataclass(frozen=True)
+class MultiKrum(_Robust):
     """The weighted mean of the `select` models nearest to their neighbours (the same paper, section 4).
 
     Attributes:
-        hostile: as for Krum. select: how many; none: all but the `hostile` furthest.
+        select: how many; none: all but the `hostile` furthest.
     """
 
-    hostile: Count = 0
     select: Annotated[int, Ge(1)] | None = None
 
     @property
     def needed(self) -> int:
-        return max(2 * self.hostile + 3 if self.hostile else 1, self.hostile + (self.select or 1))
+        return max(super().needed, self.hostile + (self.select or 1))
 
-    def made(self, answers: int, study: Study) -> Any:
-        chosen = self.select or answers - self.hostile
-        return library().MultiKrum(num_malicious_nodes=self.hostile, num_nodes_to_select=chosen)
+    def settings(self, answers: int, study: Study) -> dict[str, Any]:
+        select = self.select or answers - self.hostile
+        return {**super().settings(answers, study), "num_nodes_to_select": select}
 
 
 @dataclass(frozen=True)
-class Bulyan(_Flower):
+class Bulyan(_Robust):
     """Krum's choice of n - 2 f models, then per value the mean of the n - 4 f nearest to their median.
 
     El Mhamdi et al., 2018, arXiv:1802.07927. Flower takes the n - 2 f best of one Krum; the paper's
     Algorithm 2 repeats Krum, each time without the one it chose.
-
-    Attributes:
-        hostile: sites that it must stand, the paper's f: needs 4 f + 3 answers. 0: the plain mean.
     """
 
-    hostile: Count = 0
-
-    @property
-    def needed(self) -> int:
-        return 4 * self.hostile + 3 if self.hostile else 1
+    enough = (4, 3)
 
     def made(self, answers: int, study: Study) -> Any:
         # for f = 0, where both are the plain mean, Flower's Bulyan wants three answers still
-        return (
-            library().Bulyan(num_malicious_nodes=self.hostile)
-            if self.hostile
-            else library().FedTrimmedAvg(beta=0.0)
-        )
+        return super().made(answers, study) if self.hostile else library().FedTrimmedAvg(beta=0.0)
 
 
 @dataclass(frozen=True)
-class TrimmedAvg(_ByValue):
-    """Per value the mean without the `hostile` largest and smallest (Yin et al., 2018, arXiv:1803.01498).
+class FedTrimmedAvg(_ByValue, _Robust):
+    """Per value the mean without the `hostile` largest and smallest (Yin et al., 2018, arXiv:1803.01498)."""
 
-    Attributes:
-        hostile: sites that it must stand: needs 2 f + 1 answers. 0: the plain mean.
-    """
+    enough = (2, 1)
 
-    hostile: Count = 0
-
-    @property
-    def needed(self) -> int:
-        return 2 * self.hostile + 1
-
-    def made(self, answers: int, study: Study) -> Any:
+    def settings(self, answers: int, study: Study) -> dict[str, Any]:
         # Flower cuts int(beta * answers) at either end: the quarter keeps rounding away from the edge
-        return library().FedTrimmedAvg(beta=(self.hostile + 0.25) / answers if self.hostile else 0.0)
+        return {"beta": (self.hostile + 0.25) / answers if self.hostile else 0.0}
 
 
 @dataclass(frozen=True)
-class Median(_ByValue):
+class FedMedian(_ByValue):
     """Per value the median (Yin et al., 2018); ours, `median`, needs less memory."""
-
-    def made(self, answers: int, study: Study) -> Any:
-        return library().FedMedian()
 
 
 # ---- server optimisers
@@ -257,12 +250,12 @@ class Median(_ByValue):
 class FedAvgM(_Stepping):
     """Momentum on the mean change (Hsu et al., 2019, arXiv:1909.06335)."""
 
-    memory: ClassVar[tuple[str, ...]] = ("momentum_vector",)
+    memory = ("momentum_vector",)
     lr: Rate = 1.0
     momentum: Decay = 0.9
 
-    def made(self, answers: int, study: Study) -> Any:
-        return library().FedAvgM(server_learning_rate=self.lr, server_momentum=self.momentum)
+    def settings(self, answers: int, study: Study) -> dict[str, Any]:
+        return {"server_learning_rate": self.lr, "server_momentum": self.momentum}
 
 
 @dataclass(frozen=True)
@@ -271,9 +264,6 @@ class FedAdagrad(_Stepping):
 
     lr: Rate = 0.1
     tau: Rate = 1e-3
-
-    def made(self, answers: int, study: Study) -> Any:
-        return library().FedAdagrad(eta=self.lr, tau=self.tau)
 
 
 @dataclass(frozen=True)
@@ -285,21 +275,12 @@ class FedAdam(_Stepping):
     beta2: Decay = 0.99
     tau: Rate = 1e-3
 
-    def made(self, answers: int, study: Study) -> Any:
-        return library().FedAdam(eta=self.lr, beta_1=self.beta1, beta_2=self.beta2, tau=self.tau)
-
 
 @dataclass(frozen=True)
-class FedYogi(_Stepping):
+class FedYogi(FedAdam):
     """Yogi on the mean change (the same paper)."""
 
     lr: Rate = 0.01
-    beta1: Decay = 0.9
-    beta2: Decay = 0.99
-    tau: Rate = 1e-3
-
-    def made(self, answers: int, study: Study) -> Any:
-        return library().FedYogi(eta=self.lr, beta_1=self.beta1, beta_2=self.beta2, tau=self.tau)
 
 
 # ---- fair
@@ -318,6 +299,7 @@ class QFedAvg(_Flower):
             smaller `lr`, the smaller the step, and near 1 suits it better.
     """
 
+    tells = "each site's mean training loss"
     q: Annotated[float, Ge(0)] = 0.1
     lr: Rate | None = None
 
@@ -339,7 +321,6 @@ class QFedAvg(_Flower):
         # a negative loss has no power
         return {LOSS: max(0.0, float(answer["loss/train"]))}
 
-    def made(self, answers: int, study: Study) -> Any:
-        return library().QFedAvg(
-            client_learning_rate=self.lr or study.plan.local.lr, q=self.q, train_loss_key=LOSS
-        )
+    def settings(self, answers: int, study: Study) -> dict[str, Any]:
+        rate = self.lr or study.plan.local.lr
+        return {"client_learning_rate": rate, "q": self.q, "train_loss_key": LOSS}

@@ -471,6 +471,18 @@ def test_the_loss_is_that_of_the_rounds_model_over_all_training_patients(ram: Pa
     assert float(exact.body.tensors["loss/train"]) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
+def test_a_private_run_sends_no_loss() -> None:
+    plan = toy_plan("flower_qfedavg")
+    private = plan.model_copy(update={"privacy": plan.privacy.model_copy(update={"mode": "patient"})})
+    build_strategy(plan)
+    line = (
+        r"^strategy flower_qfedavg sends each site's mean training loss, which privacy\.mode patient [^\n]*$"
+    )
+    with pytest.raises(Stop, match=line) as stop:
+        build_strategy(private)
+    assert stop.value.exit is Exit.CONFIG
+
+
 @pytest.mark.parametrize("policy", [Policy(statistics="none"), Policy(minimum_cell=10)])
 def test_no_loss_leaves_where_the_hospital_keeps_its_statistics(policy: Policy, ram: Path) -> None:
     assert code(Desk(ram, toy_plan("flower_qfedavg"), policy=policy).ask()) == "policy"
