@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,29 +10,11 @@ from pathlib import Path
 from client.train import Bench
 from conf.schema import Plan
 from server.exchange import Handler
-from strategies.protocol import Instruction, Reply, Tree
 from tasks import TASKS
 from tasks.base import Case
-from tests.toys import TOYS, Toys
+from tests.toys import TOYS, Fatal, Toys
 
 TASKS._entries.update(TOYS)
-
-
-@dataclass(frozen=True)
-class Fatal:
-    """Kills its own process when it is to train in round 2, while `marks` holds fewer than `times` files."""
-
-    site: Handler
-    marks: Path
-    times: int = 1
-
-    def handle(self, instruction: Instruction, common: Tree) -> Reply:
-        if instruction.round == 2 and instruction.stage.startswith("train"):
-            before = len(list(self.marks.iterdir()))
-            if before < self.times:
-                (self.marks / str(before)).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return self.site.handle(instruction, common)
 
 
 @dataclass(frozen=True)

@@ -5,36 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from conf.files import shared_memory, sweep_scratch
-from server.exchange import Handler
 from strategies import STRATEGIES
-from strategies.protocol import Instruction, Reply, Tree
-from tests.toys import Toys, toy_cases, toy_plan
+from tests.toys import Fatal, Toys, toy_cases, toy_plan
 
 pytestmark = pytest.mark.federation
-
-
-@dataclass(frozen=True)
-class Fatal:
-    """Kills its own process when it is to train in round 2, while `marks` holds fewer than `times` files."""
-
-    site: Handler
-    marks: Path
-    times: int = 1
-
-    def handle(self, instruction: Instruction, common: Tree) -> Reply:
-        if instruction.round == 2 and instruction.stage.startswith("train"):
-            before = len(list(self.marks.iterdir()))
-            if before < self.times:
-                (self.marks / str(before)).touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return self.site.handle(instruction, common)
 
 
 def wrapped(folder: Path, strategy: str, times: int, workers: int) -> Toys:

@@ -6,13 +6,11 @@ import signal
 import sys
 from pathlib import Path
 
-from flwr.common import constant
-
-from tests.federation.short_superlink import LEASE_S
+from tests.federation.short_superlink import shorten
 
 if __name__ == "__main__":
     if os.environ.get("WARDROUND_SHORT_LEASE"):
-        constant.HEARTBEAT_DEFAULT_INTERVAL = LEASE_S / 2  # type: ignore[assignment]
+        shorten()
     from conf.console import ended
     from server import link
     from server.coordinator import main
