@@ -49,4 +49,3 @@ experiments: $(READY)
 # PARTS='fold commands' measures only those
 bench: $(READY)
 	$(BIN)/python -m bench $(PARTS)
-	$(BIN)/python -m bench.deployed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -55,6 +56,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def only_one(path: Path, another: Stop) -> Iterator[None]:
+    """Hold a lock as long as the context lasts; whatever ends this process, the system takes it back.
+
+    Args:
+        path: its file, which stays.
+        another: raised where another process holds it.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise another from None
+        yield
 
 
 @contextmanager

@@ -87,8 +87,7 @@ def resume(run: RunFolder) -> None:
         from server.house import of_run
 
         house, opened = of_run(run)
-        house.resume(opened)
-        typer.echo(f"{run} goes on; see: wardround status {house.folder}")
+        typer.echo(f"{run} {house.resume(opened)}")
         return
     from server.report.table import show
     from server.simulate import resume as again
@@ -126,7 +125,7 @@ def report(
 @app.command()
 def serve(
     folder: Folder,
-    port: Annotated[int, typer.Option(help="of SuperLink, on 127.0.0.1")] = 9000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of SuperLink, on 127.0.0.1")] = 9000,
 ) -> None:
     """Run SuperLink and the coordinator from a folder of keys, until told to stop."""
     from server.house import House
@@ -165,8 +164,10 @@ def logs(
     run: RunFolder, lines: Annotated[int, typer.Option(min=1, help="of the end that are shown")] = 50
 ) -> None:
     """Print the end of a deployed run's log."""
-    path = run / "log.txt"
-    text = path.read_text() if path.exists() else ""
+    from server.runfolder import RunFolder as Folder
+
+    path = Folder.open(run).path / "log.txt"
+    text = path.read_text() if path.exists() else "no log: the run was not begun by a coordinator yet"
     typer.echo("\n".join(text.splitlines()[-lines:]))
 
 

@@ -34,12 +34,20 @@ if version("flwr") != FLOWER:
 
 @contextmanager
 def control(address: str, certificates: bytes) -> Iterator[Control]:
-    """SuperLink's Control API at host:port; `certificates` are its authority's, PEM."""
+    """SuperLink's Control API at host:port; `certificates` are its authority's, PEM.
+
+    Raises:
+        Stop: (`LINK`) from within the context: it does not answer, or refuses.
+    """
     client = ControlHttpClient.from_server_address(
         address, insecure=False, root_certificates=certificates, interceptors=[]
     )
     try:
         yield Control(client)
+    except httpx.TransportError as error:
+        raise Stop(Exit.LINK, f"SuperLink does not answer at {address} ({error})") from None
+    except httpx.HTTPStatusError as error:
+        raise Stop(Exit.LINK, f"SuperLink refuses (HTTP {error.response.status_code})") from None
     finally:
         client.close()  # an idle TLS client would delay SuperLink's end by half a minute
 

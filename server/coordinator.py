@@ -7,10 +7,7 @@ same round: sites answer again what they have already answered.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import logging
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +20,9 @@ from flwr.serverapp import Grid
 
 from conf.console import ended
 from conf.exits import Exit, Stop
+from conf.files import only_one, sweep_scratch
 from server.exchange.flower import Courier, FlowerExchange
+from server.house import read_sites
 from server.link import Link, Post
 from server.privacy import charges, keep, statement
 from server.recovery import CANCEL, settle
@@ -34,8 +33,6 @@ from strategies import build_strategy
 from strategies.base import Study
 from strategies.code import code_digest
 from tasks.start import HEAVY, without_plots
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _FORMAT = "%(asctime)s %(message)s"
 
@@ -63,36 +60,15 @@ class Coordinator:
         Raises:
             Stop: with the reason and its exit code.
         """
-        name = str(settings.get("run", ""))
-        if not _NAME.fullmatch(name):
-            raise Stop(Exit.NO_RUN, f"run is {name!r}; need the name of a directory in {self.runs}")
-        folder = RunFolder.open(self.runs / name)
-        if unknown := sorted(set(folder.sites) - set(self.sites)):
-            raise Stop(Exit.CONFIG, f"run {name} names site {unknown[0]}; known: {', '.join(self.sites)}")
-        post = Post(grid, {site: self.sites[site] for site in folder.sites})
+        folder = RunFolder.named(self.runs, str(settings.get("run", "")))
+        known = {site: self.sites[site] for site in folder.sites if site in self.sites}
         if settings.get(CANCEL):
-            post.end(folder.id)
+            Post(grid, known).end(folder.id)
             return
-        said = Exit.INTERNAL.name
-        book = logging.FileHandler(folder.path / "log.txt")
-        book.setFormatter(logging.Formatter(_FORMAT))
-        logging.getLogger().addHandler(book)
-        try:
-            self.conduct(post, folder)
-            said = "completed"
-        except Stop as stop:
-            said = stop.exit.name
-            raise
-        except Exception:
-            raise
-        except BaseException:  # told to go, or the task was lost: the run is not at its end
-            said = ""
-            raise
-        finally:
-            logging.getLogger().removeHandler(book)
-            book.close()
-            if said:
-                folder.end(said)
+        with _ending(folder):
+            if unknown := sorted(set(folder.sites) - known.keys()):
+                raise Stop(Exit.CONFIG, f"the run names site {unknown[0]}; known: {', '.join(self.sites)}")
+            self.conduct(Post(grid, known), folder)
 
     def conduct(self, courier: Courier, folder: RunFolder) -> None:
         """Train to the end, then score what the model is held against.
@@ -137,19 +113,25 @@ class Coordinator:
 
 
 @contextmanager
-def _alone(runs: Path) -> Iterator[None]:
-    """One coordinator for a folder of runs: a task that this one does not hold is nobody's.
-
-    Raises:
-        Stop: (`LINK`) there is another.
-    """
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / ".coordinator.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Stop(Exit.LINK, f"another coordinator works in {runs}; stop it first") from None
+def _ending(folder: RunFolder) -> Iterator[None]:
+    """Keep the run's log, and write down how it ended, and why."""
+    book = logging.FileHandler(folder.path / "log.txt")
+    book.setFormatter(logging.Formatter(_FORMAT))
+    logging.getLogger().addHandler(book)
+    try:
         yield
+        folder.end("completed")
+    except Stop as stop:
+        log.error("error %d (%s): %s", stop.exit, stop.exit.name, stop)
+        folder.end(stop.exit.name)
+        raise
+    except Exception:
+        log.exception("error %d (%s)", Exit.INTERNAL, Exit.INTERNAL.name)
+        folder.end(Exit.INTERNAL.name)
+        raise
+    finally:  # told to go, or the task was lost: the run is not at its end
+        logging.getLogger().removeHandler(book)
+        book.close()
 
 
 def main(arguments: list[str] | None = None, preload: Sequence[str] = HEAVY) -> None:
@@ -170,14 +152,17 @@ def main(arguments: list[str] | None = None, preload: Sequence[str] = HEAVY) -> 
     logging.basicConfig(level=logging.INFO, format=_FORMAT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     link = Link(asked.superlink, asked.certificates.read_bytes(), asked.secret.read_bytes())
-    sites = json.loads(asked.sites.read_text())
-    coordinator = Coordinator(asked.runs, sites, asked.wait, asked.lost_after)
+    coordinator = Coordinator(asked.runs, read_sites(asked.sites), asked.wait, asked.lost_after)
     if asked.metrics:
         coordinator.meter.serve(asked.metrics)
     without_plots()
     heavy = threading.Thread(target=lambda: [import_module(name) for name in preload], daemon=True)
     heavy.start()  # while SuperLink and the sites come up
-    with _alone(asked.runs):
+    sweep_scratch()
+    asked.runs.mkdir(parents=True, exist_ok=True)
+    another = Stop(Exit.LINK, f"another coordinator works in {asked.runs}; stop it first")
+    # a task that this one does not hold is nobody's
+    with only_one(asked.runs / ".coordinator.lock", another):
         while True:
             try:
                 with link.task(asked.token, lambda superlink: settle(superlink, asked.runs)) as (
@@ -189,7 +174,7 @@ def main(arguments: list[str] | None = None, preload: Sequence[str] = HEAVY) -> 
             except Stop as stop:
                 if stop.exit is Exit.LINK:
                     raise
-                log.error("error %d (%s): %s", stop.exit, stop.exit.name, stop)
+                log.error("the task is over: %s", stop)
 
 
 if __name__ == "__main__":

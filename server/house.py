@@ -21,16 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from pydantic import TypeAdapter, ValidationError
 
 from conf.exits import Exit, Stop
-from conf.files import write_atomic
-from conf.schema import Baseline, Data, Runtime, Settings
-from server.control import Control, bundle, control
+from conf.files import only_one, write_atomic
+from conf.schema import Baseline, Data, Runtime, Settings, SiteName, complaint
+from server.control import Control, Entry, bundle, control
 from server.progress import note
-from server.runfolder import RunFolder
+from server.runfolder import NAME, RunFolder
 from server.supervisor import Supervisor
 
 PROJECT = Path(__file__).resolve().parents[1]
+_SITES = TypeAdapter(dict[SiteName, str])
 _KEYS = ("ca.crt", "server.crt", "server.key", "superexec")
 
 
@@ -65,14 +67,7 @@ class House:
         Raises:
             Stop: (`CONFIG`).
         """
-        path = self.folder / "sites.json"
-        try:
-            sites: dict[str, str] = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise Stop(Exit.CONFIG, f"{path} cannot be read ({type(error).__name__})") from None
-        if not sites or not all(isinstance(key, str) for key in sites.values()):
-            raise Stop(Exit.CONFIG, f"{path} names no site; need site names with their public keys (PEM)")
-        return sites
+        return read_sites(self.folder / "sites.json")
 
     def to_superlink(self) -> list[str]:
         """Arguments of whoever connects to SuperLink."""
@@ -144,11 +139,16 @@ class House:
         """Run SuperLink and the coordinator until told to stop.
 
         Raises:
-            Stop: (`CONFIG`, `LINK`) a key is missing; SuperLink does not come up.
+            Stop: (`CONFIG`, `LINK`) a key is missing; it is served already; SuperLink does not come up.
         """
         if missing := [name for name in _KEYS if not (self.keys / name).is_file()]:
             raise Stop(Exit.CONFIG, f"{self.keys} lacks {', '.join(missing)}")
-        count = len(self.sites)
+        os.umask(0o077)  # SuperLink's database holds every site's update
+        another = Stop(Exit.LINK, f"{self.folder} is served already; see: wardround status {self.folder}")
+        with only_one(self.folder / ".lock", another):
+            self._serve(ready, len(self.sites))
+
+    def _serve(self, ready: Callable[[str], None], count: int) -> None:
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
@@ -173,6 +173,12 @@ class House:
         if other := sorted(set(settings.baselines) - {"trivial"}):
             note(f"left out: baselines {', '.join(other)} would need the cases here")
         path = self.folder / "runs" / Path(settings.run.dir or settings.run.experiment).name
+        if not NAME.fullmatch(path.name):
+            raise Stop(
+                Exit.CONFIG, f"run.dir is {path.name!r}; need letters, digits, '_', '-' and '.' (128 at most)"
+            )
+        if settings.data.plan == "auto":
+            raise Stop(Exit.CONFIG, "data.plan is 'auto', which is for simulated sites; set data.plan=given")
         data, runtime = Data(root="each site's own"), Runtime(name="flower")
         own: tuple[Baseline, ...] = ("trivial",) if "trivial" in settings.baselines else ()
         given = settings.model_copy(
@@ -188,8 +194,12 @@ class House:
                 Exit.LINK, f"SuperLink does not answer at 127.0.0.1:{self.port}; see {self.folder}/log"
             )
         made = RunFolder.create(path, given, list(self.sites))
-        with self.control() as superlink:
-            superlink.start(bundle(), {"run": path.name})
+        try:
+            with self.control() as superlink:
+                superlink.start(bundle(), {"run": path.name})
+        except Stop as stop:
+            made.end(stop.exit.name)
+            raise
         return made
 
     def status(self) -> list[str]:
@@ -197,7 +207,11 @@ class House:
         with self.control() as superlink:
             lines = [f"{superlink.online()} of {len(self.sites)} sites are online at 127.0.0.1:{self.port}"]
         for path in sorted((self.folder / "runs").glob("*/run.json")):
-            run, timing = RunFolder.open(path.parent), path.with_name("timing.jsonl")
+            try:
+                run, timing = RunFolder.open(path.parent), path.with_name("timing.jsonl")
+            except Stop as stop:  # the others are shown all the same
+                lines.append(f"{path.parent.name}: {stop}")
+                continue
             done = len(timing.read_text().splitlines()) if timing.exists() else 0
             rounds = run.settings.plan.federation.rounds
             lines.append(f"{run.path.name}: {min(done, rounds)} of {rounds} rounds, {run.said or 'goes on'}")
@@ -212,7 +226,7 @@ class House:
         if run.said:
             return run.said
         with self.control() as superlink:
-            active = [e for e in superlink.runs() if e.name == run.path.name and e.status != "finished"]
+            active = self._active(superlink, run)
             for entry in active:
                 superlink.stop(entry.id)
         if all(entry.status == "pending" for entry in active):  # the coordinator has not seen it
@@ -220,13 +234,40 @@ class House:
         until("the run's end", lambda: bool(run.said), f"is the coordinator up? logs: {self.folder}/log", 30)
         return run.said
 
-    def resume(self, run: RunFolder) -> None:
-        """Start a run again that has ended before its last round; one that goes on is left alone."""
-        if run.said in ("", "completed"):
-            return
-        run.reopen()
+    def resume(self, run: RunFolder) -> str:
+        """Start a run again that has ended before its last round; what it does now."""
+        said = run.said
+        if said == "completed":
+            return "has ended: completed"
         with self.control() as superlink:
-            superlink.start(bundle(), {"run": run.path.name})
+            if said or not self._active(superlink, run):
+                superlink.start(bundle(), {"run": run.path.name})
+        if said:  # later: the coordinator would tell the sites of a run that is open, and was stopped, to end
+            run.reopen()
+        return f"goes on; see: wardround status {self.folder}"
+
+    @staticmethod
+    def _active(superlink: Control, run: RunFolder) -> list[Entry]:
+        """Flower's runs for a directory that have not ended, but for those that tell sites to end theirs."""
+        name = run.path.name
+        return [e for e in superlink.runs() if e.name == name and e.status != "finished" and not e.cancels]
+
+
+def read_sites(path: Path) -> dict[str, str]:
+    """Each site's name and its node's public key (PEM).
+
+    Raises:
+        Stop: (`CONFIG`).
+    """
+    try:
+        sites = _SITES.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise Stop(Exit.CONFIG, f"{path}: {complaint(error, 'site ')}") from None
+    except OSError as error:
+        raise Stop(Exit.CONFIG, f"{path} cannot be read ({type(error).__name__})") from None
+    if not sites or len({key.strip() for key in sites.values()}) < len(sites):
+        raise Stop(Exit.CONFIG, f"{path} names no site, or two with one key; need a key (PEM) for each")
+    return sites
 
 
 def of_run(path: Path) -> tuple[House, RunFolder]:

@@ -29,11 +29,10 @@ def settle(superlink: Control, runs: Path) -> None:
             by.setdefault(entry.name, []).append(entry)
     for name, entries in by.items():
         try:
-            folder = RunFolder.open(runs / name) if name else None
+            folder = RunFolder.named(runs, name)
         except Stop:
             continue
-        if folder is not None:
-            _settle(superlink, folder, entries)
+        _settle(superlink, folder, entries)
 
 
 def _settle(superlink: Control, folder: RunFolder, entries: Sequence[Entry]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from pydantic import ValidationError
 from conf.exits import Exit, Stop
 from conf.files import no_space, write_atomic
 from conf.schema import Baseline, Data, Plan, Runtime, Settings, complaint
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+"""What a deployed run may be called."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,17 @@ class RunFolder:
             raise Stop(
                 Exit.NO_RUN, f"{path} is not a run directory ({type(error).__name__}: {error})"
             ) from None
+
+    @classmethod
+    def named(cls, runs: Path, name: str) -> RunFolder:
+        """Open a run directory by a name from outside, which is no path.
+
+        Raises:
+            Stop: (`NO_RUN`).
+        """
+        if not NAME.fullmatch(name):
+            raise Stop(Exit.NO_RUN, f"run is {name!r}; need the name of a directory in {runs}")
+        return cls.open(runs / name)
 
     def end(self, said: str) -> None:
         """Write down how a deployed run ended: `completed`, `stopped`, or the name of an exit code."""

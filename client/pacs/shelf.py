@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from pydicom.filereader import read_file_meta_info
 
 from conf.exits import Exit, Stop
-from conf.files import sync_folder
+from conf.files import only_one, sync_folder
 
 
 class Other(Exception):
@@ -51,11 +50,8 @@ class Shelf:
         """
         self.spool.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Stop(Exit.SITE_BUSY, f"another pull fills {self.folder}; wait for it") from None
+        another = Stop(Exit.SITE_BUSY, f"another pull fills {self.folder}; wait for it")
+        with only_one(self.folder / ".lock", another):
             for left in self.spool.iterdir():
                 left.unlink()
             yield

@@ -76,14 +76,25 @@ def test_a_run_is_submitted_shown_stopped_and_resumed(served: Path) -> None:
     assert "stopped" in wardround("stop", run)
     assert RunFolder.open(run).said == "stopped"
     assert "stopped" in wardround("status", served)
-    wardround("resume", run)
+    assert "goes on" in wardround("resume", run)
     assert RunFolder.open(run).said == ""
+    assert "goes on" in wardround("resume", run)  # once is enough
+    with House.served(served).control() as superlink:
+        assert len(House._active(superlink, RunFolder.open(run))) == 1
     wardround("stop", run)
+    RunFolder.open(run).end("completed")
+    assert "has ended: completed" in wardround("resume", run)
 
 
 def test_mistakes_are_one_line(served: Path, tmp_path: Path) -> None:
     assert "coordinator's folder first" in wardround("submit", "+experiment=demo", code=2)
     assert "federation.rounds" in wardround("submit", served, "federation.rounds=0", code=12)
+    assert "run.dir is 'my run'" in wardround(
+        "submit", served, "+experiment=demo", "run.dir='my run'", code=10
+    )
+    assert "data.plan is 'auto'" in wardround("submit", served, "+experiment=demo", "data.plan=auto", code=10)
+    assert "is served already" in wardround("serve", served, code=43)
+    assert (served / "superlink.json").exists()
     assert "not a run directory" in wardround("stop", tmp_path, code=31)
     assert "is not served" in wardround("submit", tmp_path, "+experiment=demo", code=43)
     assert "lacks ca.crt" in wardround("serve", tmp_path, code=10)
