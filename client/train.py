@@ -93,8 +93,7 @@ class Bench:
         if known is None:
             if plan.digest not in self._studies:
                 if len(self._studies) >= _STUDIES:
-                    for made in (self._plans, self._studies, self._specs):
-                        made.clear()
+                    self._plans, self._studies, self._specs = {}, {}, {}
                 self._studies[plan.digest] = Study.of(plan), build_strategy(plan)
             # the plan is held too, or another could come to have its identity
             known = self._plans[id(plan)] = plan, *self._studies[plan.digest]
@@ -144,8 +143,7 @@ class Bench:
         """The plan's model, on the device; its weights are whatever was there last, its counters new."""
         if self._model is None or self._model[0] != study.digest:
             self._optimizers.clear()  # they hold the old model's parameters
-            self._prepared.clear()  # for another plan
-            self._held = 0
+            self._prepared, self._held = {}, 0  # for another plan
             model = fresh_model(study.plan, study.task).to(self.device)
             if self.device.type == "cuda":
                 channels_last(model)
@@ -316,10 +314,9 @@ class Session:
         Raises:
             Refused: (`policy`, `data`) too few patients, or statistics stay home.
         """
-        task = self.study.task
         model = self._load(weights).eval()
         with torch.no_grad():
-            return self._statistics(split, lambda case: task.predict(model, case))
+            return self._statistics(split, lambda case: self.study.task.predict(model, case))
 
     def score_trivial(self, trivial: str, sums: Tensors, split: str) -> Tensor:
         """Summed statistics of a trivial predictor on a split: float64."""
@@ -340,9 +337,8 @@ class Session:
 
     def fingerprint(self) -> Tensor:
         """Histograms of the training cases, cells of fewer patients than the policy's minimum suppressed."""
-        return fingerprint(
-            self.study.task.survey(), self._archive, self._policy, self._bench.halt
-        ).to_vector()
+        made = fingerprint(self.study.task.survey(), self._archive, self._policy, self._bench.halt)
+        return made.to_vector()
 
     def _statistics(self, split: str, predict: Callable[[Case], Prediction]) -> Tensor:
         patients = self._archive.patients(split)
