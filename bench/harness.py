@@ -129,7 +129,7 @@ class Averaging(FedAvg):
         return self.report(local, start, moved), None
 
 
-@lru_cache(None)
+@lru_cache(256)
 def _tensors(work: str, number: int) -> dict[str, Tensor]:
     x, y = common.data(work, number)
     return {"x": x, "y": y, "at": torch.zeros((), dtype=torch.int64)}

@@ -12,6 +12,7 @@ What passes `Spec.check` cannot overflow: `ring_bits` leaves room for the larges
 from __future__ import annotations
 
 import math
+import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from strategies.protocol import Epoch, Failure, Spec, Update
 _MAGIC = torch.tensor(1.5 * 2.0**52, dtype=torch.float64)
 _MAGIC_BITS = 0x4338000000000000
 _BLOCK = 2**16  # values: half a MiB of float64, which stays in the cache of one core
+_WINDOW = 2**22  # bytes of another process' sum that are mapped at once
 _ROWS = 2**20  # values of all answers together that a reduction holds at once
 _AGE_UNIT = 256  # staleness factors are whole multiples of 1/256, so that weights stay exact
 
@@ -77,14 +79,15 @@ class Partial:
     file: Path | None = None
 
     def blocks(self, ring: Tensor) -> Iterator[Tensor]:
-        """The ring, in pieces that fit in a cache."""
+        """The ring, in pieces that fit in a cache; of a file no more is mapped than a window."""
         if self.file is None:
             yield from torch.split(ring, _BLOCK)
             return
-        piece = bytearray(8 * _BLOCK)
-        with self.file.open("rb", buffering=0) as file:
-            while count := file.readinto(piece):
-                yield torch.frombuffer(piece, dtype=torch.int64, count=count // 8)
+        size = ring.nbytes
+        with self.file.open("r+b") as file:
+            for start in range(0, size, _WINDOW):
+                window = mmap.mmap(file.fileno(), min(_WINDOW, size - start), offset=start)
+                yield from torch.split(torch.frombuffer(window, dtype=torch.int64), _BLOCK)
 
     def close(self) -> None:
         """Remove what a collection has spooled, where it will not be finished."""
@@ -163,8 +166,6 @@ class Sum:
         elif other.adds and other.ring.numel():
             for mine, theirs in zip(torch.split(into.ring, _BLOCK), other.blocks(other.ring), strict=True):
                 mine += theirs
-        if other.file is not None:
-            other.file.unlink()
         into._join(other)
 
     def finish(self, partial: Partial, spec: Spec) -> Total:
@@ -252,9 +253,15 @@ class _Lazy(Mapping[str, Tensor]):
         at, shape, dtype = self._at[name]
         size = math.prod(shape)
         out = torch.empty(size, dtype=dtype)
-        for start in range(0, size, _BLOCK):
-            stop = min(start + _BLOCK, size)
-            out[start:stop] = (self._ring[at + start : at + stop] - self._bias).double() * self._factor
+        whole = torch.empty(min(size, _BLOCK), dtype=torch.int64)
+        exact = torch.empty(min(size, _BLOCK), dtype=torch.float64)
+        for part, place in zip(
+            torch.split(self._ring[at : at + size], _BLOCK), torch.split(out, _BLOCK), strict=True
+        ):
+            n = part.numel()
+            torch.sub(part, self._bias, out=whole[:n])
+            exact[:n].copy_(whole[:n]).mul_(self._factor)
+            place.copy_(exact[:n])
         return out.reshape(shape)
 
     def __contains__(self, name: object) -> bool:

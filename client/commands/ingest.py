@@ -133,6 +133,7 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
     from tasks.data.ingest import ingest as bring_up
     from tasks.data.patients import Barred, patient_key
     from tasks.data.released import Released
+    from tasks.data.source import printable
 
     if not root.is_dir():
         raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
@@ -162,7 +163,7 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
         _write(report, root, places, data)
     typer.echo(f"report: {places.report}.txt, .json, and .html with pictures, for this site's eyes only")
     for name, cases in report.unmapped.items():
-        typer.echo(f"label not mapped: {name} in {cases} cases")
+        typer.echo(f"label not mapped: {printable(name)} in {cases} cases")
     for note, cases in report.notes.items():
         typer.echo(f"{note} ({cases} cases)")
     count = len(report.refused)
@@ -258,6 +259,8 @@ def _show(refused: Sequence[Refused]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tasks.data.source import printable
+
     screen = Console()
     if not screen.is_terminal:
         screen.width = 200  # into a file or pipe, whole paths
@@ -265,7 +268,7 @@ def _show(refused: Sequence[Refused]) -> None:
     for title in ("refused", "reason", "detail"):
         table.add_column(title, overflow="fold")
     for case in refused[:_SHOWN]:
-        table.add_row(*(text.replace("[", r"\[") for text in (case.source, case.reason, case.detail)))
+        table.add_row(*(printable(t).replace("[", r"\[") for t in (case.source, case.reason, case.detail)))
     screen.print(table)
     if len(refused) > _SHOWN:
         screen.print(f"… and {len(refused) - _SHOWN} more")

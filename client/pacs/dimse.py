@@ -139,6 +139,7 @@ class Dimse:
         entity.acse_timeout = entity.connection_timeout = min(_CONNECT_S, self._source.timeout_s)
         entity.dimse_timeout = entity.network_timeout = self._source.timeout_s
         entity.maximum_pdu_size = _PDU
+        entity.require_called_aet = True  # of C-MOVE: who does not know the title brings nothing
         return entity
 
     def _connected(self, model: str, classes: frozenset[str] = frozenset()) -> Association:

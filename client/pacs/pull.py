@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from conf.files import no_space
 Progress = Callable[[int, int], None]
 
 _FIRST_S, _LONGEST_S = 0.5, 30.0  # pauses before another attempt
+_MOST = 100_000  # answers to one query
 
 
 class Away(Exception):
@@ -139,12 +141,14 @@ def _find(
 ) -> list[Mapping[str, str]]:
     while True:
         try:
-            found = list(archive.find(level, keys))
+            found = list(islice(archive.find(level, keys), _MOST + 1))
         except Away as error:
             patience.wait(error)
-        else:
-            patience.reset()
-            return found
+            continue
+        patience.reset()
+        if len(found) > _MOST:
+            raise Stop(Exit.PACS_REFUSED, f"more than {_MOST:,} answers to one query: ask for less")
+        return found
 
 
 def _series(archive: Archive, query: Query, patience: _Patience) -> Iterator[tuple[str, str, int]]:
@@ -176,8 +180,8 @@ def _studies(archive: Archive, query: Query, patience: _Patience) -> Iterator[st
 def _instances(archive: Archive, study: str, series: str, patience: _Patience) -> list[Instance]:
     asked = {**_RETURNED["IMAGE"], "StudyInstanceUID": study, "SeriesInstanceUID": series}
     found = _find(archive, "IMAGE", asked, patience)
-    classes = {_uid(f, "SOPInstanceUID"): f.get("SOPClassUID", "") for f in found}
-    return [Instance(study, series, name, sop_class) for name, sop_class in classes.items()]
+    kinds = {_uid(f, "SOPInstanceUID"): f.get("SOPClassUID") and _uid(f, "SOPClassUID") for f in found}
+    return [Instance(study, series, name, kind or "") for name, kind in kinds.items()]
 
 
 #: attributes that a query asks back at each level

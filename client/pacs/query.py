@@ -18,7 +18,7 @@ from conf.exits import Exit, Stop
 Level = Literal["STUDY", "SERIES", "IMAGE"]
 Attributes = Mapping[str, str]
 
-_UID = r"[0-9.]{1,64}"
+_UID = r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*"
 _DATE = r"\d{8}|\d{8}-(\d{8})?|-\d{8}"
 _TEXT = r"[^\\,\x00-\x1f]{1,64}"
 

@@ -10,7 +10,7 @@ from email.message import Message
 from typing import Any, Self
 
 import httpx
-from pydicom.datadict import keyword_for_tag, tag_for_keyword
+from pydicom.datadict import tag_for_keyword
 
 from client.pacs.pull import Away
 from client.pacs.query import Level
@@ -74,7 +74,7 @@ class Web:
                 results = _results(response)
             fresh = [r for r in results if json.dumps(r, sort_keys=True) not in seen]
             seen |= {json.dumps(r, sort_keys=True) for r in fresh}
-            yield from ({**{k: keys[k] for k in in_path}, **_plain(r)} for r in fresh)
+            yield from ({**{k: keys[k] for k in in_path}, **_plain(r, keys)} for r in fresh)
             if len(results) < _PAGE or not fresh:  # an archive may ignore limit and offset
                 return
 
@@ -158,14 +158,16 @@ def _results(response: httpx.Response) -> list[dict[str, Any]]:
     return list(results)
 
 
-def _plain(result: Mapping[str, Any]) -> dict[str, str]:
-    """The first value of each attribute (PS3.18 F.2), by keyword; no value is empty."""
+def _plain(result: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
+    """The first value of each attribute that was asked for (PS3.18 F.2), by keyword; no value is empty."""
     plain = {}
-    for tag, attribute in result.items():
-        value = next(iter(attribute.get("Value") or ()), "") if isinstance(attribute, dict) else ""
-        with_name = keyword_for_tag(tag)
-        if with_name and isinstance(value, (str, int, float)):
-            plain[with_name] = str(value)
+    found = {tag.upper(): attribute for tag, attribute in result.items()}
+    for key in keys:
+        attribute = found.get(f"{tag_for_keyword(key):08X}")
+        values = attribute.get("Value") if isinstance(attribute, dict) else None
+        value = values[0] if isinstance(values, list) and values else ""
+        if attribute is not None and isinstance(value, (str, int, float)):
+            plain[key] = str(value)
     return plain
 
 

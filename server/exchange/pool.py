@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from server.exchange import Handler, Heard
 from server.exchange.crew import Crew
+from server.exchange.shared import Maps, Slabs
 from strategies.exact import Fold, Partial
 from strategies.protocol import Failure, Instruction, Spec, Tree
 
@@ -71,8 +71,8 @@ class Carrier(Protocol):
 class Hand(Protocol):
     """One worker process, as the pool speaks to it. Every method may raise `Gone`."""
 
-    def begin(self, fold: Fold, spec: Spec, payloads: Any) -> None:
-        """Start an ask."""
+    def begin(self, fold: Fold, spec: Spec, payloads: Any, slab: str) -> None:
+        """Start an ask, its sum in the shared file `slab` (on this machine)."""
 
     def give(self, chunk: Chunk, last: bool) -> None:
         """Hand over some sites; `last`: there will be no more of this ask."""
@@ -83,8 +83,8 @@ class Hand(Protocol):
     def finish(self) -> None:
         """No more sites, if `give` has not said so: `partial` will be asked for next."""
 
-    def partial(self) -> Partial:
-        """What the ask folded to (waits for it)."""
+    def partial(self) -> tuple[Partial, bool]:
+        """What the ask folded to (waits for it), and whether its ring is in the slab."""
 
     def end(self) -> None:
         """End the process; safe to call on a dead one."""
@@ -93,6 +93,8 @@ class Hand(Protocol):
 @dataclass
 class _Worker:
     hand: Hand
+    slab: str = ""  # lent for the current ask
+    before: str = ""  # the one it had last: mapped there already
     served: bool = False
     taken: list[Item] = field(default_factory=list)
     done: list[Item] = field(default_factory=list)
@@ -102,6 +104,7 @@ class Pool(ABC):
     """Worker processes that live for the run and keep what they have prepared."""
 
     def __init__(self, count: int) -> None:
+        self.slabs = Slabs()
         self._home: dict[str, int] = {}
         self._seconds: dict[str, dict[str, float]] = {}  # by stage and site
         self._workers: list[_Worker] = []
@@ -182,10 +185,18 @@ class Pool(ABC):
         for index in sorted(begun):
             worker = self._workers[index]
             try:
-                yield worker.hand.partial()
+                partial, in_slab = worker.hand.partial()
             except Gone:
                 lost += worker.done
                 self._replace(index)
+                continue
+            worker.before, worker.slab = worker.slab, ""
+            if in_slab:
+                partial.ring, partial.file = self.slabs.summed(worker.before, spec.size), Path(worker.before)
+            else:
+                self.slabs.back(worker.before, 8 * spec.size)
+            yield partial
+            del partial  # and with it the slab, before another is needed
         return lost
 
     def _hear(self, heard: Heard, begun: set[int]) -> list[Item]:
@@ -229,19 +240,23 @@ class Pool(ABC):
         queue.clear()
         queue.extend(kept)
         self._home.update(dict.fromkeys(chosen, index))
-        if begin is not None:
-            worker.done = []
+        if begin is not None and not self._begin(index, *begin):
             # to a dead worker nothing can be said: a replacement may, and if not, `take` finds out
-            if not self._try(index, lambda hand: hand.begin(*begin)):
-                taken = worker.taken
-                self._replace(index)
-                worker = self._workers[index]
-                worker.taken = taken
-                self._try(index, lambda hand: hand.begin(*begin))
+            taken = worker.taken
+            self._replace(index)
+            worker = self._workers[index]
+            worker.taken = taken
+            self._begin(index, *begin)
         chunk = [(item.instruction, keys[id(item.common)], item.age) for item in worker.taken]
         # its whole share at once, or all that was left: no second call needed to say that it was the last
         worker.served = len(chunk) >= fair or not queue
         self._try(index, lambda hand: hand.give(chunk, worker.served))
+
+    def _begin(self, index: int, fold: Fold, spec: Spec, payloads: Any) -> bool:
+        worker = self._workers[index]
+        worker.done = []
+        worker.slab = self.slabs.lend(8 * spec.size, worker.before)
+        return self._try(index, lambda hand: hand.begin(fold, spec, payloads, worker.slab))
 
     def _chunk(self, items: Sequence[Item], fair: int) -> list[Item]:
         """As many as fill the target time, or most of a worker's share of what is left; `fair` at most."""
@@ -267,7 +282,10 @@ class Pool(ABC):
 
     def _replace(self, index: int) -> None:
         """A new process in the place of a dead one."""
-        self._workers[index].hand.end()
+        worker = self._workers[index]
+        worker.hand.end()
+        if worker.slab:
+            self.slabs.lost(worker.slab)
         self._workers[index] = _Worker(self._hire())
 
     def close(self) -> None:
@@ -275,6 +293,7 @@ class Pool(ABC):
         for worker in self._workers:
             worker.hand.end()
         self._workers = []
+        self.slabs.close()
 
 
 class Desk:
@@ -285,6 +304,13 @@ class Desk:
         gc.freeze()  # what is imported stays: no need to look through it again, nor to copy it after a fork
         self.crew = Crew(sites)
         self.payloads: Sequence[Tree] = ()
+        self.maps = Maps()
+
+    def begin(self, fold: Fold, spec: Spec, payloads: Sequence[Tree], slab: str | None) -> None:
+        """Start an ask, its sum in a shared file or, without one, in this process."""
+        self.payloads = payloads
+        place = None if slab is None else lambda n: self.maps.get(slab, n, torch.int64)
+        self.crew.start(fold, spec, place)
 
     def do(self, chunk: Chunk) -> Outcome:
         """Ask each site of a chunk and fold its answer."""
@@ -294,6 +320,13 @@ class Desk:
             failure = self.crew.run(instruction, self.payloads[key], age)
             outcome.append((instruction.site, time.monotonic() - began, failure))
         return outcome
+
+    def finish(self) -> tuple[Partial, Tensor | None]:
+        """What the ask folded to, and its ring apart."""
+        self.payloads = ()
+        partial = self.crew.partial
+        ring, partial.ring = partial.ring, None
+        return partial, ring
 
 
 def recycle() -> None:
@@ -306,19 +339,6 @@ def recycle() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def place(n: int, folder: str, path: list[str]) -> Tensor:
-    """n int64 in a new shared file below `folder`; appends its path."""
-    handle, name = tempfile.mkstemp(dir=folder)
-    os.close(handle)
-    path.append(name)
-    return mapped(name, n, torch.int64)
-
-
-def mapped(path: str, n: int, dtype: torch.dtype) -> Tensor:
-    """A shared file as a tensor; it grows to n values."""
-    return torch.from_file(path, shared=True, size=n, dtype=dtype) if n else torch.zeros(0, dtype=dtype)
 
 
 def _failed(names: Sequence[str], code: str, fold: Fold, spec: Spec, heard: Heard) -> Partial:

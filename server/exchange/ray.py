@@ -6,7 +6,6 @@ many in a call; what comes back is one partial for each actor.
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +17,9 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 from torch import Tensor
 
-from conf.files import scratch_prefix, shared_memory
 from conf.schema import Runtime
 from server.exchange import Handler
-from server.exchange.pool import Chunk, Desk, Gone, Hand, Outcome, Pool, mapped, place
+from server.exchange.pool import Chunk, Desk, Gone, Hand, Outcome, Pool
 from server.exchange.virtual import VirtualExchange
 from strategies.exact import Fold, Partial
 from strategies.protocol import Spec, Tree, fill, strip
@@ -31,8 +29,8 @@ Flat = tuple[str, dict[str, tuple[np.ndarray[Any, Any], torch.dtype, tuple[int, 
 
 _SMALL = 2**16  # bytes that travel with a call: Ray itself stores what is larger than 100 kB
 
-Ring = str | np.ndarray[Any, Any] | None
-"""A partial sum: its path in shared memory, or itself, from another machine."""
+Ring = bool | np.ndarray[Any, Any]
+"""A partial sum: itself, from another machine; True, it is in the slab; False, there is none."""
 
 
 class RayExchange(VirtualExchange):
@@ -68,24 +66,17 @@ class Actors(Pool):
         self._sites = ray.put(sites)
         self._gpus = gpus
         self._node = ray.get_runtime_context().get_node_id()
-        # sums of actors on this machine; its files are unlinked as soon as both ends have mapped them
-        self._folder = tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=shared_memory())
         super().__init__(count)
 
     def _hire(self) -> Hand:
         made = cast(Any, _Actor).options(num_cpus=1, num_gpus=self._gpus, max_restarts=0)
-        return _Handle(made.remote(self._sites, self._node, self._folder.name))
+        return _Handle(made.remote(self._sites, self._node))
 
     def _share(self, commons: Sequence[Tree]) -> list[Any]:
         return [_shared(_flat(tree)) for tree in commons]
 
     def _unshare(self, payloads: list[Any]) -> None:
         payloads.clear()  # the object store drops what nobody refers to
-
-    def close(self) -> None:
-        """End the actors."""
-        super().close()
-        self._folder.cleanup()
 
     def _ready(self, hands: Sequence[Hand]) -> Sequence[Hand]:
         by = {hand.oldest: hand for hand in hands if isinstance(hand, _Handle)}
@@ -105,18 +96,16 @@ class _Handle:
         self._payloads: list[Any] = []
         self._finish: Any = None
         self._folded: Any = None
-        self._size = 0
 
     @property
     def oldest(self) -> Any:
         """The oldest outstanding chunk."""
         return self._chunks[0]
 
-    def begin(self, fold: Fold, spec: Spec, payloads: list[Any]) -> None:
+    def begin(self, fold: Fold, spec: Spec, payloads: list[Any], slab: str) -> None:
         # goes with the first chunk: every call costs
-        self._begin, self._payloads, self._chunks = (fold, spec), list(payloads), []
+        self._begin, self._payloads, self._chunks = (fold, spec, slab), list(payloads), []
         self._finish = self._folded = None
-        self._size = spec.size
 
     def give(self, chunk: Chunk, last: bool) -> None:
         self._chunks.append(self._actor.do.remote(chunk, last, self._begin, *self._payloads))
@@ -131,15 +120,16 @@ class _Handle:
         if self._folded is None:
             self._finish = self._actor.finish.remote()
 
-    def partial(self) -> Partial:
+    def partial(self) -> tuple[Partial, bool]:
+        partial: Partial
+        ring: Ring
         partial, ring = _get(self._finish) if self._folded is None else self._folded
         self._finish = self._folded = None
-        if isinstance(ring, str):
-            partial.ring, partial.file = mapped(ring, self._size, torch.int64), Path(ring)
-        elif ring is not None:  # from another machine; sums are added to, the object store is read-only
-            partial.ring = _tensor(ring, torch.int64, ring.shape).clone()
-        folded: Partial = partial
-        return folded
+        if isinstance(ring, bool):
+            return partial, ring
+        # sums are added to, the object store is read-only
+        partial.ring = _tensor(ring, torch.int64, ring.shape).clone()
+        return partial, False
 
     def end(self) -> None:
         ray.kill(self._actor)
@@ -158,33 +148,24 @@ def _get(ref: Any) -> Any:
 class _Actor:
     """A worker's end."""
 
-    def __init__(self, sites: Callable[[str], Handler], node: str, folder: str) -> None:
+    def __init__(self, sites: Callable[[str], Handler], node: str) -> None:
         torch.set_num_threads(1)
         self._desk = Desk(sites)
         self._near = node == ray.get_runtime_context().get_node_id()
-        self._folder = folder
-        self._path: list[str] = []
 
     def do(
         self, chunk: Chunk, last: bool, begin: tuple[Any, ...], *payloads: Flat
     ) -> tuple[Outcome, tuple[Partial, Ring] | None]:
         """Sites of the current ask. The first chunk brings the ask itself, the last takes its sum home."""
         if begin:
-            self._desk.payloads = [_tree(flat) for flat in payloads]
-            self._path.clear()
-            fold, spec = begin
-            shared = (lambda n: place(n, self._folder, self._path)) if self._near else None
-            self._desk.crew.start(fold, spec, shared)
+            fold, spec, slab = begin
+            self._desk.begin(fold, spec, [_tree(flat) for flat in payloads], slab if self._near else None)
         return self._desk.do(chunk), self.finish() if last else None
 
     def finish(self) -> tuple[Partial, Ring]:
-        """What the ask folded to: the ring apart, by its path in shared memory or as an array."""
-        self._desk.payloads = ()
-        partial = self._desk.crew.partial
-        ring, partial.ring = partial.ring, None
-        if ring is None or self._path:
-            return partial, self._path[0] if ring is not None else None
-        return partial, ring.numpy()
+        """What the ask folded to."""
+        partial, ring = self._desk.finish()
+        return partial, ring.numpy() if ring is not None and not self._near else ring is not None
 
 
 def _shared(flat: Flat) -> Any:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conf.files import scratch_prefix, shared_memory
 from server.exchange import Handler
-from server.exchange.pool import Chunk, Desk, Gone, Hand, Outcome, Pool, mapped, place
+from server.exchange.pool import Chunk, Desk, Gone, Hand, Outcome, Pool
+from server.exchange.shared import Maps, Slabs
 from strategies.exact import Fold, Partial
 from strategies.protocol import Spec, Tree, fill, strip
 
@@ -35,8 +32,6 @@ class Workers(Pool):
     def __init__(self, sites: Callable[[str], Handler], count: int) -> None:
         self._sites = sites
         self._context = multiprocessing.get_context("fork")
-        # its files are unlinked as soon as both ends have mapped them
-        self._folder = tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=shared_memory())
         self._pipes: list[Connection] = []
         super().__init__(count)
 
@@ -44,19 +39,17 @@ class Workers(Pool):
         ours, theirs = self._context.Pipe()
         self._pipes = [ours, *(pipe for pipe in self._pipes if not pipe.closed)]
         # a fork inherits our ends of all pipes: while one is open anywhere, no worker learns that we are gone
-        process = self._context.Process(
-            target=_work, args=(self._sites, theirs, self._folder.name, self._pipes), daemon=True
-        )
+        process = self._context.Process(target=_work, args=(self._sites, theirs, self._pipes), daemon=True)
         process.start()
         theirs.close()
         return _Forked(process, ours)
 
     def _share(self, commons: Sequence[Tree]) -> list[_Slab]:
-        return [_Slab.write(tree, self._folder.name) for tree in commons]
+        return [_Slab.write(tree, self.slabs) for tree in commons]
 
     def _unshare(self, payloads: list[_Slab]) -> None:
         for slab in payloads:
-            Path(slab.path).unlink()
+            self.slabs.back(slab.path, slab.size)
 
     def _ready(self, hands: Sequence[Hand]) -> Sequence[Hand]:
         by = {hand.pipe: hand for hand in hands if isinstance(hand, _Forked)}
@@ -67,7 +60,6 @@ class Workers(Pool):
         for pipe in self._pipes:
             pipe.close()
         super().close()
-        self._folder.cleanup()
 
 
 class _Forked:
@@ -76,11 +68,9 @@ class _Forked:
     def __init__(self, process: BaseProcess, pipe: Connection) -> None:
         self._process = process
         self.pipe = pipe
-        self._size = 0
 
-    def begin(self, fold: Fold, spec: Spec, payloads: list[_Slab]) -> None:
-        self._size = spec.size
-        self._send("begin", fold, spec, payloads)
+    def begin(self, fold: Fold, spec: Spec, payloads: list[_Slab], slab: str) -> None:
+        self._send("begin", fold, spec, payloads, slab)
 
     def give(self, chunk: Chunk, last: bool) -> None:
         self._send("do", chunk)
@@ -92,11 +82,8 @@ class _Forked:
     def finish(self) -> None:
         self._send("finish")
 
-    def partial(self) -> Partial:
-        partial, path = self._receive()
-        if path is not None:
-            partial.ring, partial.file = mapped(path, self._size, torch.int64), Path(path)
-        folded: Partial = partial
+    def partial(self) -> tuple[Partial, bool]:
+        folded: tuple[Partial, bool] = self._receive()
         return folded
 
     def end(self) -> None:
@@ -119,30 +106,25 @@ class _Forked:
             raise Gone from None
 
 
-def _work(
-    sites: Callable[[str], Handler], pipe: Connection, folder: str, inherited: Sequence[Connection]
-) -> None:
+def _work(sites: Callable[[str], Handler], pipe: Connection, inherited: Sequence[Connection]) -> None:
     """A worker's life: begin an ask, do sites, finish, until the pipe closes."""
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run, once
     desk = Desk(sites)
-    path: list[str] = []
     while True:
         try:
             message: tuple[Any, ...] = pipe.recv()
         except (EOFError, ConnectionError):
             return
         match message:
-            case ("begin", fold, spec, slabs):
-                desk.payloads = [slab.read() for slab in slabs]
-                path.clear()
-                desk.crew.start(fold, spec, lambda n: place(n, folder, path))
+            case ("begin", fold, spec, slabs, own):
+                desk.begin(fold, spec, [slab.read(desk.maps) for slab in slabs], own)
             case ("do", chunk):
                 pipe.send(desk.do(chunk))
             case ("finish",):
-                desk.crew.partial.ring = None
-                pipe.send((desk.crew.partial, path[0] if path else None))
+                partial, ring = desk.finish()
+                pipe.send((partial, ring is not None))
 
 
 @dataclass(frozen=True)
@@ -155,26 +137,24 @@ class _Slab:
     size: int
 
     @classmethod
-    def write(cls, tree: Tree, folder: str) -> _Slab:
+    def write(cls, tree: Tree, slabs: Slabs) -> _Slab:
         text, tensors = strip(tree)
         layout, at = [], 0
         for name, tensor in tensors.items():
             layout.append((name, tensor.dtype, tuple(tensor.shape), at))
             at += -(-tensor.nbytes // _ALIGN) * _ALIGN
-        handle, path = tempfile.mkstemp(dir=folder)
-        os.close(handle)
-        slab = cls(path, text, layout, at)
-        for name, view in slab._views().items():
+        slab = cls(slabs.lend(at), text, layout, at)
+        for name, view in slab._views(slabs.maps).items():
             view.copy_(tensors[name])
         return slab
 
-    def _views(self) -> dict[str, Tensor]:
-        whole = mapped(self.path, self.size, torch.uint8)
+    def _views(self, maps: Maps) -> dict[str, Tensor]:
+        whole = maps.get(self.path, self.size, torch.uint8)
         views = {}
         for name, dtype, shape, at in self.layout:
             count = int(torch.Size(shape).numel())
             views[name] = whole[at : at + count * dtype.itemsize].view(dtype).reshape(shape)
         return views
 
-    def read(self) -> Tree:
-        return fill(self.text, self._views())
+    def read(self, maps: Maps) -> Tree:
+        return fill(self.text, self._views(maps))

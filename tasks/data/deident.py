@@ -22,6 +22,7 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from tasks.data.allowed import ALLOWED, EDITION, OPTIONS, Instead, Keep, Words
+from tasks.data.codestream import blanked
 from tasks.data.patients import pseudonym
 
 #: days by which a patient's dates move into the past: at least, and how many different shifts there are
@@ -170,7 +171,8 @@ def deidentify(dataset: Dataset, pseudonyms: Pseudonyms, names: frozenset[str] =
         names: labels of structures that may stay as they are.
 
     Returns:
-        Pixel data as they were (encapsulated ones too); bytes beyond the image's own end are cut.
+        Pixel data that decode as they did; bytes beyond the image's own end are cut, and comments within
+        compressed frames are zeros.
     """
     person = identity(dataset)
     out = _Copy(pseudonyms, pseudonyms.patient(person), pseudonyms.days(person), names).of(dataset)
@@ -363,11 +365,14 @@ def _tidy(dataset: Dataset) -> None:
 
 
 def _trim(dataset: Dataset) -> None:
-    """Cut what stands behind native pixels: it is no part of the image, and could be anything."""
+    """Drop what stands behind native pixels or beside coded ones: it is no part of the image."""
     from pydicom.pixels.utils import get_expected_length
 
     data = dataset.get("PixelData")
-    if data is None or dataset["PixelData"].is_undefined_length:
+    if data is None:
+        return
+    if dataset["PixelData"].is_undefined_length:
+        dataset.PixelData = blanked(data)
         return
     try:
         end = get_expected_length(dataset)

@@ -6,11 +6,12 @@ arrays.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,19 @@ from tasks.data.header import Header, begins_dicom, read_header
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import frames
 from tasks.data.released import REMEDY, Released
-from tasks.data.series import Image, Part, Volume, assemble
-from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason
+from tasks.data.series import Part, assemble
+from tasks.data.source import Array, Faulty, Found, LabelMap, Raw, Reason, reading
+from tasks.data.volume import Image, Volume
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 
 _RUN = 16  # slices
+#: bytes a volume, or all flat images of a file, may take, beside so many times their files: compressors reach
+#: 20 on volumes and 100 on dark films; on nothing at all there is no end
+_UNPACKED, _TIMES, _TIMES_FLAT = 1 << 30, 32, 256
 
 File = tuple[Path, Header]
+_Key = tuple[str, Path | None]  # SeriesInstanceUID, and the file where it stands alone
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def from_series(
     files: Iterable[Path],
     *,
     with_masks: bool,
+    alone: Collection[Path] = (),
     released: Released | None = None,
     guard: Guard | None = None,
     workers: int = 1,
@@ -54,8 +61,9 @@ def from_series(
     """One case for each volume and flat image; objects without pixels (reports, plans) are passed over.
 
     Args:
-        with_masks: SEG and RTSTRUCT belong to what they refer to. released: files whose pixels were
-            reviewed. workers: files whose headers are read at one time.
+        with_masks: SEG and RTSTRUCT belong to what they refer to. alone: files each of which is a case of
+            its own, whatever its series. released: files whose pixels were reviewed. workers: files whose
+            headers are read at one time.
     """
     guard = guard or shared()
     found: list[Found] = []
@@ -74,33 +82,36 @@ def from_series(
                 found.append(Found(_relative(root, path), "", (path,), fault=header))
             else:
                 headers.append((path, header))
-    series = all_series(root, headers)
+    series = all_series(root, headers, alone)
     parts = [part for one in series for part in one.parts]
     attached: dict[int, list[Path]] = defaultdict(list)
     for path, header in headers if with_masks else ():
         if header.sop_class in SOP_CLASSES:
-            part = _owner(header, parts)
-            if part is None:
-                alone = Faulty(Reason.NO_IMAGE, "the series it refers to is not here")
-                found.append(Found(_relative(root, path), "", (path,), fault=alone))
+            owner = _owner(header, parts)
+            if isinstance(owner, Faulty):
+                found.append(Found(_relative(root, path), "", (path,), fault=owner))
             else:
-                attached[id(part)].append(path)
+                attached[id(owner)].append(path)
+    held = cache(released.holds if released is not None else lambda _: False)  # a file of many frames, once
     for one in series:
         for number, part in enumerate(one.parts, 1):
             name = one.name if len(one.parts) == 1 else f"{one.name}#{number}"
             case = _case(name, part, attached[id(part)], with_masks=with_masks, guard=guard)
-            found.append(case if case.fault is not None else _reviewed(case, part, released))
+            found.append(case if case.fault is not None else _reviewed(case, part, held))
     return found
 
 
-def all_series(root: Path, headers: Iterable[File]) -> list[Series]:
-    """The image series of some files, each with its parts."""
-    by_uid: dict[str, list[File]] = defaultdict(list)
+def all_series(root: Path, headers: Iterable[File], alone: Collection[Path] = ()) -> list[Series]:
+    """The image series of some files, each with its parts; a file of `alone` counts as one."""
+    by_uid: dict[_Key, list[File]] = defaultdict(list)
     for path, header in headers:
         if header.has_pixels and header.sop_class not in SOP_CLASSES:
-            by_uid[header.series].append((path, header))
+            by_uid[header.series, path if path in alone else None].append((path, header))
     names = _names(root, by_uid)
-    return [Series(names[uid], uid, tuple(_parts(files))) for uid, files in by_uid.items()]
+    return [
+        Series(names[key], key[0], tuple(_parts(files, alone=key[1] is not None)))
+        for key, files in by_uid.items()
+    ]
 
 
 def read_volume(
@@ -114,10 +125,11 @@ def read_volume(
     guard = guard or shared()
     ras = volume.ras
     spacing = spacing_of(ras)
+    header = volume.images[0].header
+    _check_room({i.path for i in volume.images}, 2 * math.prod(volume.shape) * header.samples, _TIMES)
     drawn = guarded_masks(masks, volume.grid, label_map, guard) if masks else None
     mask = None if drawn is None else np.ascontiguousarray(volume.turned(drawn.mask))
     image = _filled(volume, guard)
-    header = volume.images[0].header
     return Raw(
         image,
         mask,
@@ -132,37 +144,38 @@ def read_volume(
 
 def read_flat(image: Image, _label_map: LabelMap, *, guard: Guard | None = None) -> Raw:
     """One frame as a flat case `CHW`; spacing is that of its pixels, or of its detector, or 1 mm."""
-    ((_, values),) = list((guard or shared()).stream(frames, image.path, indices=[image.index]))
-    if values is None:
-        raise Faulty(Reason.UNREADABLE, f"{image.path.name}: no pixels")
+    header = image.header
+    _check_room([image.path], header.frames * header.rows * header.columns * header.samples, _TIMES_FLAT)
+    _, values = (guard or shared()).call(frames, image.path, indices=[image.index])
+    if values is None or values.shape[1:] != (header.rows, header.columns):
+        raise Faulty(Reason.SIZE, f"{image.path.name} holds a frame of another size than it says")
     spacing = image.plane.spacing or (1.0, 1.0)
     if not min(spacing) > 0 or not np.isfinite(spacing).all():
         raise Faulty(Reason.GEOMETRY, f"PixelSpacing (0028,0030) is {spacing[0]:g}, {spacing[1]:g} mm")
     affine = np.diag([*spacing, 1.0, 1.0])
-    return Raw(values, None, affine, spacing, image.header.groups, units=image.header.units)
+    return Raw(values, None, affine, spacing, header.groups, units=header.units)
 
 
-def read_series(slices: Sequence[Path], seg: Path | None, label_map: LabelMap) -> Raw:
-    """Files that are one volume, and nothing else.
-
-    Raises:
-        Faulty: why they are not.
-    """
-    parts = _parts([(p, read_header(p, shared())) for p in slices])
-    for part in parts:
-        if part.fault is not None:
-            raise part.fault
-    if len(parts) != 1 or parts[0].volume is None:
-        raise Faulty(Reason.REPEATED, f"{len(parts)} volumes or flat images in one series")
-    return read_volume(parts[0].volume, [] if seg is None else [seg], label_map)
-
-
-def _parts(files: Sequence[File]) -> list[Part]:
-    parts = assemble(files)
+def _parts(files: Sequence[File], *, alone: bool = False) -> list[Part]:
+    parts = assemble(files, alone=alone)
     if all(f[1].series for f in files):
         return parts
     fault = Faulty(Reason.UNREADABLE, "no SeriesInstanceUID (0020,000E)")
     return [Part(p.images, fault=fault) for p in parts]
+
+
+def _check_room(paths: Collection[Path], size: int, times: int) -> None:
+    """Refuse what is far larger than its files explain: each frame may keep the limits, and all not.
+
+    Args:
+        size: bytes that all frames take, at least.
+    """
+    first = min(paths)
+    with reading(first):
+        files = sum(path.stat().st_size for path in paths)
+    if size > _UNPACKED + times * files:
+        what = f"{size >> 20} MiB of image in files of {files >> 20} MiB"
+        raise Faulty(Reason.LIMIT, f"{first.name}: {what}")
 
 
 def _filled(volume: Volume, guard: Guard) -> Array:
@@ -192,9 +205,10 @@ def _slices(volume: Volume, guard: Guard) -> Iterator[tuple[int, Array]]:
     for path, places in wanted.items():
         indices = sorted(places)
         count = 0
-        for count, (_, values) in enumerate(guard.stream(frames, path, indices=indices), 1):
+        answers = guard.stream(frames, path, most=len(indices), indices=indices)
+        for count, (_, values) in enumerate(answers, 1):
             shape = (volume.images[0].header.samples, rows, columns)
-            if values is None or values.shape != shape or count > len(indices):
+            if values is None or values.shape != shape:
                 raise Faulty(Reason.SIZE, f"{path.name} holds a frame of another size than it says")
             yield places[indices[count - 1]], values
         if count != len(indices):
@@ -232,9 +246,9 @@ def _relative(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _names(root: Path, by_uid: Mapping[str, Sequence[File]]) -> dict[str, str]:
+def _names(root: Path, by_uid: Mapping[_Key, Sequence[File]]) -> dict[_Key, str]:
     """What each series is called: its folder where that holds no other, else its first file."""
-    in_folder: dict[Path, set[str]] = defaultdict(set)
+    in_folder: dict[Path, set[_Key]] = defaultdict(set)
     for uid, files in by_uid.items():
         for path, _ in files:
             in_folder[path.parent].add(uid)
@@ -246,27 +260,32 @@ def _names(root: Path, by_uid: Mapping[str, Sequence[File]]) -> dict[str, str]:
     return names
 
 
-def _owner(mask: Header, parts: Sequence[Part]) -> Part | None:
+def _owner(mask: Header, parts: Sequence[Part]) -> Part | Faulty:
     """What a mask was drawn on: by the slices it names, else by its series, else by its frame of reference.
 
-    A frame of reference tells only where one volume of the patient lies in it: registered copies of a study
-    name series that were left behind.
+    Each tells only where it leaves one volume. A frame of reference is for registered copies of a study,
+    which name series that were left behind.
     """
-    volumes = [p for p in parts if p.volume is not None or p.fault is not None]
-    named = set(mask.refers_to_instances)
-    for one in volumes:
-        if named & {i.header.sop_instance for i in one.images}:
-            return one
-    by_series = [p for p in volumes if p.images[0].header.series in mask.refers_to]
-    if by_series:
-        return by_series[0]
+    parts = [p for p in parts if p.volume is not None or p.fault is not None]
+    slices, series = {*mask.refers_to_instances} - {""}, {*mask.refers_to} - {""}
     frames = {*mask.refers_to_frames, mask.frame_of_reference} - {""}
-    by_frame = [p for p in volumes if p.images[0].header.frame_of_reference in frames]
-    return by_frame[0] if len(by_frame) == 1 else None
+    for found in (
+        [p for p in parts if any(i.header.sop_instance in slices for i in p.images)],
+        [p for p in parts if p.images[0].header.series in series],
+        [p for p in parts if p.images[0].header.frame_of_reference in frames],
+    ):
+        owners = [p for p in found if p.volume is not None] or found[:1]
+        if len(owners) > 1:
+            return Faulty(Reason.NO_IMAGE, f"it refers to {len(owners)} volumes: nothing says to which one")
+        for one in owners:
+            if mask.patient not in ("", one.images[0].header.patient):
+                return Faulty(Reason.MIXED, "its PatientID (0010,0020) is not that of the image it refers to")
+            return one
+    return Faulty(Reason.NO_IMAGE, "the series it refers to is not here")
 
 
 def _case(name: str, part: Part, masks: Sequence[Path], *, with_masks: bool, guard: Guard) -> Found:
-    paths = tuple(sorted({i.path for i in part.images}))
+    paths = tuple(sorted({*(i.path for i in part.images), *part.repeats}))
     patients = {i.header.patient for i in part.images}
     fault = part.fault
     if len(patients) > 1:
@@ -280,6 +299,8 @@ def _case(name: str, part: Part, masks: Sequence[Path], *, with_masks: bool, gua
     read: Callable[[LabelMap], Raw] = partial(read_flat, part.images[0], guard=guard)
     if part.volume is not None:
         read = partial(_masked, part.volume, tuple(sorted(masks)), guard)
+    if part.repeats:
+        read = partial(_noted, read)
     return Found(name, min(patients), (*paths, *sorted(masks)), read, fault=fault)
 
 
@@ -287,10 +308,15 @@ def _masked(volume: Volume, masks: Sequence[Path], guard: Guard, label_map: Labe
     return read_volume(volume, masks, label_map, guard=guard)
 
 
-def _reviewed(case: Found, part: Part, released: Released | None) -> Found:
+def _noted(read: Callable[[LabelMap], Raw], label_map: LabelMap) -> Raw:
+    raw = read(label_map)
+    return replace(raw, notes=(*raw.notes, "files that repeat a SOPInstanceUID were left out"))
+
+
+def _reviewed(case: Found, part: Part, released: Callable[[Path], bool]) -> Found:
     """The case, refused where somebody must look at its pixels first."""
     for image in part.images:
-        if image.header.doubt and not (released is not None and released.holds(image.path)):
+        if image.header.doubt and not released(image.path):
             fault = Faulty(Reason.BURNED_IN, f"{image.path.name}: {image.header.doubt}{REMEDY}")
             return replace(case, fault=fault)
     return case

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -46,17 +46,17 @@ def from_manifest(
     name: str,
     columns: Columns,
     label_map: LabelMap = None,
-    series: Callable[[list[Path]], list[Found]] = lambda _: [],
+    series: Callable[[list[Path], Collection[Path]], list[Found]] = lambda *_: [],
 ) -> list[Found]:
     """One case per row; paths are relative to the root and stay below it.
 
-    An image may be a DICOM file, or a folder with one series.
+    An image may be a DICOM file (one slice of a volume too: a flat image), or a folder with one series.
 
     The label column holds mask files where every cell that is not empty ends in a known suffix; otherwise
     it holds classes, as the columns of `columns.labels` do.
 
     Args:
-        series: finds the cases of DICOM files.
+        series: finds the cases of DICOM files, of which some stand for themselves.
 
     Raises:
         Stop: (`CONFIG`) no such manifest, a column is missing (the message lists them), a class name is not
@@ -184,7 +184,10 @@ def _filed(
 
 
 def _volumes(
-    root: Path, rows: Sequence[tables.Row], columns: Columns, series: Callable[[list[Path]], list[Found]]
+    root: Path,
+    rows: Sequence[tables.Row],
+    columns: Columns,
+    series: Callable[[list[Path], Collection[Path]], list[Found]],
 ) -> dict[str, list[Found]]:
     """What DICOM holds under each image cell that names a folder, or a file of no other kind."""
     files: dict[str, list[Path]] = {}
@@ -193,7 +196,8 @@ def _volumes(
         if cell and kind(path) is None and path.resolve().is_relative_to(root.resolve()):
             inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
             files[cell] = [p for p in inside if p.is_file()]
-    found = series(sorted({p for paths in files.values() for p in paths})) if files else []
+    alone = {paths[0] for cell, paths in files.items() if paths == [root / cell]}
+    found = series(sorted({p for paths in files.values() for p in paths}), alone) if files else []
     owner = {path: f for f in found for path in f.files}
     held = {cell: {owner[p].source: owner[p] for p in paths if p in owner} for cell, paths in files.items()}
     return {cell: list(cases.values()) for cell, cases in held.items() if cases}

@@ -52,7 +52,8 @@ def guarded_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap, guard:
         Faulty: as `read_masks`, or the guard's.
     """
     first, *others = sorted(paths)
-    room = 3 * math.prod(grid.shape) + 6 * sum(path.stat().st_size for path in others)
+    with reading(first):
+        room = 3 * math.prod(grid.shape) + 6 * sum(path.stat().st_size for path in others)
     said, mask = guard.call(
         _drawn,
         first,
@@ -68,7 +69,7 @@ def guarded_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap, guard:
 
 def _drawn(path: Path, others: list[str], grid: dict[str, Any], names: dict[str, Any]) -> Iterator[Answer]:
     """Job: the mask, with what was unmapped and noted."""
-    where = Grid(np.array(grid["affine"]), tuple(grid["shape"]), grid["frame"], tuple(grid["slices"]))
+    where = Grid(np.array(grid["affine"]), tuple(grid["shape"]), grid["frame"])
     naming = Naming.from_json(names)
     drawn = read_masks([path, *map(Path, others)], where, naming)
     yield {"unmapped": drawn.unmapped, "notes": drawn.notes}, drawn.mask

@@ -20,7 +20,7 @@ from tasks.data.header import checked, facts_of, opened
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import decoded
 from tasks.data.series import Part
-from tasks.data.source import Faulty, Reason
+from tasks.data.source import Faulty, Reason, printable
 
 Line = dict[str, Any]
 
@@ -54,8 +54,7 @@ def in_words(line: Line) -> str:
     name = line["path"] if "path" in line else f"{line['series']} volume {line['volume']}"
     size = "" if line["shape"] is None else "x".join(str(n) for n in line["shape"])
     told = (line.get("outcome", "volume"), size, line.get("orientation"), line.get("units"), line["reason"])
-    text = f"{name}: {', '.join(text for text in told if text)}"
-    return text.encode(errors="replace").decode()  # names of files need not be UTF-8
+    return printable(f"{name}: {', '.join(text for text in told if text)}")
 
 
 def inspect(path: Path) -> Iterator[Answer]:
@@ -80,7 +79,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _file(path: Path, guard: Guard, headers: list[File]) -> Line:
     line: Line = {"outcome": "unreadable", "reason": "", "shape": None, "pixel_sha256_16": None}
     try:
-        for number, (facts, _) in enumerate(guard.stream(inspect, path)):
+        for number, (facts, _) in enumerate(guard.stream(inspect, path, most=2)):
             if number == 0:
                 header = checked(path, facts)
                 headers.append((path, header))

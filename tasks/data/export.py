@@ -19,7 +19,7 @@ from conf.exits import Exit, Stop
 from conf.files import no_space, write_synced
 from tasks.data.deident import Pseudonyms, deidentify, identity
 from tasks.data.guard import shared
-from tasks.data.header import header
+from tasks.data.header import opened, whole
 from tasks.data.quarantine import doubt
 from tasks.data.released import REMEDY, Released
 from tasks.data.source import Faulty, Reason, quietly, reading
@@ -140,7 +140,7 @@ def export_file(
     """
     with reading(path):
         _guarded(path)
-        dataset = pydicom.dcmread(path)
+        dataset = opened(path, pixels=True)
         _check(dataset)
         patient, why = pseudonyms.patient(identity(dataset)), doubt(dataset, leaving=True)
     if patient in barred:
@@ -166,7 +166,7 @@ def _guarded(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(132)[128:] != b"DICM":  # PS3.10 7.1
             raise Faulty(Reason.OBJECT, "not a DICOM file (PS3.10)")
-    shared().call(header, path)
+    shared().call(whole, path)
 
 
 def _check(dataset: Dataset) -> None:

@@ -278,18 +278,17 @@ class Survey:
             "foreground": _histogram(inside, CELLS["foreground"]),
             "level": _row(middle),
             "spread": _row(high - low),
-            **self._sizes(mask, case.spacing),
+            **self._sizes(mask, case),
         }
 
-    def _sizes(self, mask: Tensor | None, spacing: Sequence[float]) -> dict[str, Tensor]:
-        """Per foreground class: voxels, volume and centre."""
+    def _sizes(self, mask: Tensor | None, case: Case) -> dict[str, Tensor]:
+        """Per foreground class: voxels, volume and centre; nothing of a class that nobody looked for."""
         k = max(0, self.classes - 1)
-        if mask is None or not k:
-            none = torch.full((k, 3), math.nan, dtype=torch.float64)
-            return {"voxels": none[:, 0], "volume": none[:, 0], "position": none}
-        voxels = torch.zeros(k, dtype=torch.float64)
+        voxels = torch.full((k,), math.nan, dtype=torch.float64)
         centres = torch.full((k, 3), math.nan, dtype=torch.float64)
         for label in range(1, k + 1):
+            if mask is None or (case.annotates is not None and label not in case.annotates):
+                continue
             here = mask == label
             for axis, side in enumerate(mask.shape):
                 # the sum along the other axes: no list of voxels is ever held
@@ -297,7 +296,8 @@ class Survey:
                 middle = torch.arange(side, dtype=torch.float64) + 0.5
                 centres[label - 1, axis] = (along * middle).sum() / along.sum() / side
             voxels[label - 1] = along.sum()
-        return {"voxels": voxels, "volume": voxels * (math.prod(spacing) / 1000), "position": centres}
+        volume = voxels * (math.prod(case.spacing) / 1000)
+        return {"voxels": voxels, "volume": volume, "position": centres}
 
 
 def _row(values: float | Sequence[float]) -> Tensor:

@@ -1,8 +1,9 @@
 """Files from outside are parsed in a worker process under a memory and a time limit.
 
 A parser that meets hostile bytes may eat memory, hang or crash: then its worker is replaced and the file is
-refused. What comes back is JSON and plain arrays, checked on arrival, never pickle: a worker that a file has
-taken over can lie about that file, and nothing else.
+refused. What comes back is JSON and plain arrays, bounded and checked on arrival, never pickle: what a worker
+says can be a lie about its file, and does no more. The worker has its parent's rights to files and network: a
+decoder that executes a file's bytes is held by the site's own confinement (container, systemd), not by this.
 
 The worker starts once (0.3 s) and is used for thousands of files. A job is a function of `tasks.data` that
 takes a path and plain keyword values and yields (facts, array or None) pairs.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -39,8 +41,9 @@ _DTYPES = frozenset(
     ("bool", *(f"{s}int{n}" for s in ("", "u") for n in (8, 16, 32, 64)), "float32", "float64")
 )
 _HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes of array
-_JSON_BYTES = 64 << 20
+_JSON_BYTES = 16 << 20  # beyond those that a large file may give reason to
 _PER_FILE_BYTE = 6  # a large file may need its bytes, a frame, and what a decoder holds beside them
+_DETAIL = 1000  # characters that a refusal may quote
 _CAP = 16 << 30
 _SLOWEST = 1 << 20  # bytes of file per second, beyond limit_s
 _START_S = 60.0
@@ -72,16 +75,17 @@ class Guard:
         Raises:
             Faulty: as `stream`; or it gave none.
         """
-        answers = list(self.stream(job, path, room=room, **given))
-        if len(answers) != 1:
-            raise Faulty(Reason.UNREADABLE, f"{path.name}: its parser gave {len(answers)} answers")
+        answers = list(self.stream(job, path, most=1, room=room, **given))
+        if not answers:
+            raise Faulty(Reason.UNREADABLE, f"{path.name}: its parser gave no answer")
         return answers[0]
 
-    def stream(self, job: Job, path: Path, *, room: int = 0, **given: object) -> Iterator[Answer]:
+    def stream(self, job: Job, path: Path, *, most: int, room: int = 0, **given: object) -> Iterator[Answer]:
         """The answers of a job, each as soon as it is there. Left early, it costs the worker.
 
         Args:
-            room: bytes that a large answer may need beyond the limit. given: what JSON can hold.
+            most: answers that it may give. room: bytes that a large answer may need beyond the limit.
+            given: what JSON can hold.
 
         Raises:
             Faulty: what the job raised, or (`LIMIT`) it hit a limit, or (`UNREADABLE`) its worker crashed.
@@ -104,14 +108,16 @@ class Guard:
         sound = False
         try:
             worker.ask({**request, "budget": budget, "seconds": math.ceil(deadline - time.monotonic())})
-            while True:
-                facts, array, state = worker.hear(deadline, budget)
+            for left in itertools.count(most, -1):
+                facts, array, state = worker.hear(deadline, budget, _JSON_BYTES + _PER_FILE_BYTE * size)
                 if state in ("end", "last"):
                     sound = state == "end"
                     return
                 if state != "answer":
                     sound = state == "fault"
                     raise _fault(path, facts)
+                if left <= 0:
+                    raise ValueError("more answers than the job has")
                 yield facts, array
         except TimeoutError:
             raise Faulty(Reason.LIMIT, f"{path.name}: parsing takes more than {self.limit_s:g} s") from None
@@ -176,6 +182,8 @@ class _Worker:
             str(number),
         ]
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        # our own variables hold passwords of archives
+        others = {k: v for k, v in os.environ.items() if not k.startswith("WARDROUND_")}
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
                 command,
@@ -183,11 +191,11 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, **single},
+                env={**others, **single},
                 cwd="/",
             )
         try:
-            self.hear(time.monotonic() + _START_S, 0)
+            self.hear(time.monotonic() + _START_S, 0, _JSON_BYTES)
         except BaseException:
             self.end()
             raise
@@ -197,14 +205,17 @@ class _Worker:
         self._line.settimeout(_START_S)
         self._line.sendall(_HEAD.pack(len(text), 0) + text)
 
-    def hear(self, deadline: float, budget: int) -> tuple[dict[str, Any], Array | None, str]:
+    def hear(self, deadline: float, budget: int, words: int) -> tuple[dict[str, Any], Array | None, str]:
         """One message: facts, array, and `answer`, `end`, `last` (of this worker), `fault`, `spent` (both).
+
+        Args:
+            budget, words: bytes that an array, and all else, may have.
 
         Raises:
             TimeoutError, EOFError, OSError, ValueError: nothing usable came.
         """
         texts, size = _HEAD.unpack(self._exactly(_HEAD.size, deadline))
-        if texts > _JSON_BYTES or size > budget:
+        if texts > words or size > budget:
             raise ValueError("a message beyond its bound")
         message = json.loads(bytes(self._exactly(texts, deadline)))
         facts, state = message["facts"], message["state"]
@@ -248,6 +259,6 @@ class _Worker:
 
 def _fault(path: Path, facts: dict[str, Any]) -> Faulty:
     reason = facts["reason"]
-    detail = str(facts["detail"])
-    unmapped = [str(name) for name in facts["unmapped"]]
+    detail = str(facts["detail"])[:_DETAIL]
+    unmapped = [str(name)[:_DETAIL] for name in facts["unmapped"]]
     return Faulty(Reason(reason), detail if path.name in detail else f"{path.name}: {detail}", unmapped)

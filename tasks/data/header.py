@@ -23,7 +23,7 @@ from tasks.data.drawn import RTSTRUCT
 from tasks.data.guard import Answer, Guard
 from tasks.data.pixels import suv_factor, units_of
 from tasks.data.quarantine import doubt
-from tasks.data.rtstruct import series_of
+from tasks.data.rtstruct import DrawnOn, drawn_on
 from tasks.data.source import Faulty, Reason
 
 Three = tuple[float, float, float]
@@ -35,6 +35,8 @@ _MAGIC = b"DICM"  # PS3.10 7.1
 #: first bytes of a file without preamble: group 2 or 8, element below 0x100, little or big endian
 _BARE = re.compile(rb"[\x02\x08]\0.\0|\0[\x02\x08]\0.", re.DOTALL)
 _MAX_FRAMES = 100_000
+_MAX_DIMENSIONS = 16
+_MAX_KEY = 256  # characters: keys are compared, never shown
 
 #: what tells volumes of one series apart: attribute by our name, single-frame or in a functional group
 KEYS = {
@@ -119,6 +121,12 @@ def checked(path: Path, facts: Mapping[str, Any]) -> Header:
         raise Faulty(Reason.UNREADABLE, f"{path.name}: its parser died (an answer of another form)") from None
 
 
+def whole(path: Path) -> Iterator[Answer]:
+    """Job: nothing, but that all of the file can be parsed."""
+    opened(path, pixels=True)
+    yield {}, None
+
+
 def header(path: Path) -> Iterator[Answer]:
     """Job: the facts of a `Header`."""
     yield facts_of(opened(path, pixels=False)), None
@@ -161,8 +169,8 @@ def _at_pixels(seen: list[int], tag: int, _vr: str | None, _length: int) -> bool
 def facts_of(ds: FileDataset) -> dict[str, Any]:
     """The fields of `Header`. What a damaged header does not say is left empty."""
     references = _items(ds, "ReferencedSeriesSequence")
-    drawn_on, frames = _structures(ds)
     instances = [i for r in references for i in _items(r, "ReferencedInstanceSequence")]
+    structures = _structures(ds)
     return {
         "sop_class": _text(ds, "SOPClassUID"),
         "sop_instance": _text(ds, "SOPInstanceUID"),
@@ -179,22 +187,25 @@ def facts_of(ds: FileDataset) -> dict[str, Any]:
         "scout": "LOCALIZER" in _text(ds, "ImageType").upper(),
         "instance": _count(ds, "InstanceNumber"),
         "planes": _planes(ds),
-        "refers_to": [*(_text(r, "SeriesInstanceUID") for r in references), *drawn_on],
-        "refers_to_frames": list(frames),
-        "refers_to_instances": [_text(i, "ReferencedSOPInstanceUID") for i in instances],
+        "refers_to": [*(_text(r, "SeriesInstanceUID") for r in references), *structures.series],
+        "refers_to_frames": list(structures.frames),
+        "refers_to_instances": [
+            *(_text(i, "ReferencedSOPInstanceUID") for i in instances),
+            *structures.images,
+        ],
         "groups": facts(ds),
         "doubt": doubt(ds),
     }
 
 
-def _structures(ds: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The series and frames of reference of a structure set; none where it is damaged or something else."""
+def _structures(ds: Dataset) -> DrawnOn:
+    """What a structure set names; nothing where it is damaged or something else."""
     if _text(ds, "SOPClassUID") != RTSTRUCT:
-        return (), ()
+        return DrawnOn()
     try:
-        return series_of(ds)
+        return drawn_on(ds)
     except (AttributeError, TypeError, ValueError):
-        return (), ()
+        return DrawnOn()
 
 
 def _planes(ds: Dataset) -> list[dict[str, Any]]:
@@ -208,7 +219,7 @@ def _planes(ds: Dataset) -> list[dict[str, Any]]:
     for plane, item in zip(planes, own, strict=True):
         content = (_items(item, "FrameContentSequence") or [Dataset()])[0]
         indices = _value(content, "DimensionIndexValues")
-        for number, index in enumerate(_listed(indices)):
+        for number, index in enumerate(_listed(indices)[:_MAX_DIMENSIONS]):
             plane["keys"][f"dimension_{number}"] = str(index)
     return planes
 
@@ -231,7 +242,7 @@ def _plane(sources: list[Dataset]) -> dict[str, Any]:
         for name in names:
             text = next((t for s in sources if (t := _text(s, name))), "")
             if text:
-                keys[key] = text
+                keys[key] = text[:_MAX_KEY]
     return {
         "position": numbers("ImagePositionPatient", 3),
         "orientation": numbers("ImageOrientationPatient", 6),

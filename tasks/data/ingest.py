@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from conf.exits import Exit, Stop
@@ -158,7 +157,10 @@ def _discover(
     from tasks.data.discover import from_folders, from_manifest, site_folders
 
     if manifest is not None:
-        series_of = partial(from_series, root, with_masks=False, released=released, workers=workers)
+
+        def series_of(paths: list[Path], alone: Collection[Path]) -> list[Found]:
+            return from_series(root, paths, alone=alone, with_masks=False, released=released, workers=workers)
+
         found = from_manifest(root, manifest, columns, label_map, series_of)
     else:
         with_masks = columns.label is not None

@@ -54,53 +54,11 @@ _GE = Scanner("GE MEDICAL SYSTEMS", "BONE", 1.0, 0.0)
 _PHILIPS = Scanner("Philips", "A", 0.5, -1024.0)
 _HOSPITALS = (
     # portal venous phase: every organ has a brightness of its own
-    _Hospital(
-        115.0,
-        40.0,
-        175.0,
-        15.0,
-        -25.0,
-        200.0,
-        "",
-        1.0,
-        6.0,
-        2.0,
-        8.0,
-        0.0,
-        _SIEMENS,
-    ),
+    _Hospital(115.0, 40.0, 175.0, 15.0, -25.0, 200.0, "", 1.0, 6.0, 2.0, 8.0, 0.0, _SIEMENS),
     # late arterial phase, sharp and noisy, with contrast in the bowel
-    _Hospital(
-        88.0,
-        25.0,
-        140.0,
-        8.0,
-        88.0,
-        165.0,
-        "bowel",
-        0.92,
-        5.0,
-        1.0,
-        24.0,
-        6.0,
-        _GE,
-    ),
+    _Hospital(88.0, 25.0, 140.0, 8.0, 88.0, 165.0, "bowel", 0.92, 5.0, 1.0, 24.0, 6.0, _GE),
     # no contrast: spleen and liver look alike
-    _Hospital(
-        58.0,
-        5.0,
-        58.0,
-        -350.0,
-        5.0,
-        30.0,
-        "spleen",
-        1.08,
-        8.0,
-        3.5,
-        8.0,
-        -6.0,
-        _PHILIPS,
-    ),
+    _Hospital(58.0, 5.0, 58.0, -350.0, 5.0, 30.0, "spleen", 1.08, 8.0, 3.5, 8.0, -6.0, _PHILIPS),
 )
 
 

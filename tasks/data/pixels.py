@@ -6,6 +6,7 @@ decay as the QIBA profile computes it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ from pydicom.valuerep import DA, TM
 from tasks.data.guard import Answer
 from tasks.data.source import Array, Faulty, Reason, stored
 
+_LEAST_BQ = 1e4  # of a dose: less is one in MBq
+_DT = re.compile(r"(\d{8})(\d{6}(?:\.\d{1,6})?)([+-]\d{4})?")  # PS3.5 6.2, to the second at least
 _CT = (
     "1.2.840.10008.5.1.4.1.1.2",  # CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage
     "1.2.840.10008.5.1.4.1.1.2.1",
@@ -70,8 +73,10 @@ def units_of(ds: Dataset, factor: float | None) -> str:
     """`HU`, `SUVbw`, or empty where the values' unit is not known."""
     kind = str(ds.get("SOPClassUID", ""))
     if kind in _CT:
-        declared = str(_frame(ds, 0).get("RescaleType") or ds.get("RescaleType") or "HU").strip()
-        return "HU" if declared == "HU" else ""
+        transform = _frame(ds, 0)
+        declared = str(transform.get("RescaleType") or ds.get("RescaleType") or "HU").strip()
+        known = "RescaleIntercept" in transform or "ModalityLUTSequence" in transform
+        return "HU" if known and declared == "HU" else ""
     return "SUVbw" if factor is not None else ""
 
 
@@ -103,7 +108,7 @@ def _suv_factor(ds: Dataset) -> float | None:
     else:
         return None
     factor = weight_g / (dose * 2.0 ** (-waited_s / half_life_s))
-    sound = dose > 0 and half_life_s > 0 and weight_g > 0 and 0 <= waited_s < 20 * half_life_s
+    sound = dose > _LEAST_BQ and half_life_s > 0 and weight_g > 0 and 0 <= waited_s < 20 * half_life_s
     return factor if sound and np.isfinite(factor) else None
 
 
@@ -111,14 +116,17 @@ def _waited_s(ds: Dataset, tracer: Dataset) -> float:
     """Seconds from injection to the start of the series, to which START corrects decay.
 
     Raises:
-        ValueError: the series says it began after its own acquisition (times rewritten by a workstation).
+        ValueError: the series says it began after its own acquisition (times rewritten by a workstation),
+            or nobody knows how its time of day relates to that of the injection.
     """
     start = _moment(str(ds.SeriesDate), str(ds.SeriesTime))
     if start > _moment(str(ds.get("AcquisitionDate") or ds.SeriesDate), str(ds.AcquisitionTime)):
         raise ValueError("the series began after its acquisition")
-    given = str(tracer.get("RadiopharmaceuticalStartDateTime") or "")
-    if len(given) >= 14:
-        injected = _moment(given[:8], given[8:].split("+")[0].split("-")[0])
+    given = _DT.fullmatch(str(tracer.get("RadiopharmaceuticalStartDateTime") or ""))
+    if given is not None:
+        if given[3] and given[3] != str(ds.get("TimezoneOffsetFromUTC") or ""):  # (0008,0201)
+            raise ValueError("the injection is told in another zone than the series")
+        injected = _moment(given[1], given[2])
     else:
         injected = _moment(str(ds.SeriesDate), str(tracer.RadiopharmaceuticalStartTime))
     return (start - injected).total_seconds()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag
@@ -31,8 +33,10 @@ _VISIBLE_LIGHT = "1.2.840.10008.5.1.4.1.1.77."
 #: PS3.3 C.8.6.1: (0008,0064) Conversion Type of what was scanned, filmed or drawn
 _CONVERTED = frozenset(("DV", "DI", "DF", "WSD", "SD", "SI", "DRW"))
 
-#: what `doubt` reads, for readers of a few attributes
-TAGS = ("SOPClassUID", "Modality", "BurnedInAnnotation", "RecognizableVisualFeatures", "ConversionType")
+#: in (0008,0008) ImageType: pages that scanners and workstations store as CT, MR or PET images
+_PAGES = re.compile(r"SCREEN|CAPTURE|REPORT|DOSE.INFO|\bPROT\b")
+#: of these PS3.3 knows grey images only (A.3.3, A.4.3, A.21.3): colours come from a screen
+_GREY = frozenset({uid.CTImageStorage, uid.MRImageStorage, uid.PositronEmissionTomographyImageStorage})
 
 
 def doubt(dataset: Dataset, *, leaving: bool = False) -> str:
@@ -52,6 +56,11 @@ def doubt(dataset: Dataset, *, leaving: bool = False) -> str:
         return "its kind of image commonly shows text"
     if str(dataset.get("ConversionType") or "").strip().upper() in _CONVERTED:
         return "it was scanned or drawn (0008,0064)"
+    if _PAGES.search(str(dataset.get("ImageType") or "").upper()):
+        return "its ImageType (0008,0008) tells of a page"
+    colours = str(dataset.get("PhotometricInterpretation") or "").strip()
+    if sop in _GREY and colours not in ("", "MONOCHROME1", "MONOCHROME2"):
+        return "a scanner's grey image in colours"
     if leaving and str(dataset.get("RecognizableVisualFeatures") or "").strip().upper() == "YES":
         return "RecognizableVisualFeatures (0028,0302) is YES"
     if leaving and any(_embedded(tag) and dataset[tag].value for tag in list(dataset.keys())):

@@ -40,8 +40,11 @@ class Released:
         return self._known
 
     def holds(self, path: Path) -> bool:
-        """Whether this very file was released."""
-        return bool(self.known) and digest(path) in self.known
+        """Whether this very file was released; not if it is gone meanwhile."""
+        try:
+            return bool(self.known) and digest(path) in self.known
+        except OSError:
+            return False
 
     def add(self, digests: Iterable[str]) -> int:
         """Release files by their digests; returns how many were not yet."""

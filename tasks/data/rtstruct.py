@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -18,18 +19,27 @@ OFF_PLANE = 0.05
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
 
-def series_of(structures: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The series a structure set names, and the frames of reference its contours live in."""
+class DrawnOn(NamedTuple):
+    """The series and images (UIDs) that a structure set names, and the frames of reference it lives in."""
+
+    series: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    frames: tuple[str, ...] = ()
+
+
+def drawn_on(structures: Dataset) -> DrawnOn:
+    """What a structure set says it was drawn on."""
     frames = list(structures.get("ReferencedFrameOfReferenceSequence") or ())
-    series = [
-        str(s.SeriesInstanceUID)
-        for f in frames
-        for study in f.get("RTReferencedStudySequence") or ()
-        for s in study.get("RTReferencedSeriesSequence") or ()
-    ]
+    studies = [s for f in frames for s in f.get("RTReferencedStudySequence") or ()]
+    series = [s for study in studies for s in study.get("RTReferencedSeriesSequence") or ()]
+    images = [i for s in series for i in s.get("ContourImageSequence") or ()]
     used = {str(f.get("FrameOfReferenceUID", "")) for f in frames}
     used |= {str(r.get("ReferencedFrameOfReferenceUID", "")) for r in structures.StructureSetROISequence}
-    return tuple(dict.fromkeys(series)), tuple(sorted(used - {""}))
+    return DrawnOn(
+        tuple(dict.fromkeys(str(s.SeriesInstanceUID) for s in series)),
+        tuple(str(i.get("ReferencedSOPInstanceUID", "")) for i in images),
+        tuple(sorted(used - {""})),
+    )
 
 
 def draw_structures(structures: Dataset, name: str, canvas: Canvas) -> None:
@@ -75,6 +85,9 @@ def _draw(contours: Iterable[Dataset], shown: str, value: int, to_index: Array, 
         at, points = _placed(contour, shown, to_index)
         if not 0 <= at < slices:
             raise Faulty(Reason.GEOMETRY, f"{shown} has a contour beyond the image's slices")
+        if kind == "CLOSED_PLANAR" and any(np.array_equal(points, one) for one in planes[at]):
+            canvas.note("a contour that stands twice was drawn once")  # as a hole it would undo itself
+            continue
         planes[at].append(points)
     for at, loops in planes.items():
         if _outside(loops, rows, columns):

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset
 from pydicom.pixels.utils import iter_pixels
 
 from tasks.data.labels import Canvas
-from tasks.data.source import Array, Faulty, Grid, LabelMap, Naming, Reason, reading
+from tasks.data.source import Array, Faulty, Reason
 
 _OFF = 0.05  # voxels by which a frame may miss its slice: rounding of header fields
-
-
-def read_seg(path: Path, affine: Array, shape: tuple[int, ...], label_map: LabelMap) -> Array:
-    """Classes on an image's grid from one SEG.
-
-    Args:
-        affine: (column, row, slice) -> LPS+ mm of the image. shape: its columns, rows, slices.
-
-    Raises:
-        Faulty: see `draw_seg`; a segment outside the map.
-    """
-    columns, rows, slices = shape
-    canvas = Canvas(Grid(affine, (columns, rows, slices)), Naming.of(label_map))
-    with reading(path):
-        draw_seg(pydicom.dcmread(path), path.name, canvas)
-    return canvas.done().mask
 
 
 def draw_seg(seg: Dataset, name: str, canvas: Canvas) -> None:

@@ -63,9 +63,9 @@ class Faulty(ValueError):
     """One case cannot be used. `detail` may quote the file: it stays at the site."""
 
     def __init__(self, reason: Reason, detail: str, unmapped: Sequence[str] = ()) -> None:
-        super().__init__(f"{reason}: {detail}")
+        self.detail = printable(detail)
+        super().__init__(f"{reason}: {self.detail}")
         self.reason = reason
-        self.detail = " ".join(detail.split())
         self.unmapped = tuple(unmapped)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,6 +139,11 @@ class Naming:
 LabelMap = Names | Literal["nonzero"] | Naming | None
 
 
+def printable(text: str) -> str:
+    """A file's own words on one line, without what would command a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def folded(name: int | str) -> int | str:
     """A name as it is compared: spaces and case do not tell two apart."""
     return " ".join(name.casefold().split()) if isinstance(name, str) else name
@@ -174,13 +179,11 @@ class Grid:
     Attributes:
         affine: 4x4, (column, row, slice) -> LPS+ mm. shape: columns, rows, slices.
         frame: FrameOfReferenceUID (0020,0052), empty if unknown.
-        slices: SOPInstanceUID of each slice, empty if unknown.
     """
 
     affine: Array
     shape: tuple[int, int, int]
     frame: str = ""
-    slices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

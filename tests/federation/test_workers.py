@@ -43,12 +43,18 @@ def test_a_site_that_kills_twice_is_lost_and_the_others_go_on(ram: Path) -> None
 
 
 def test_workers_end_with_the_run_and_leave_no_shared_memory(ram: Path) -> None:
-    with Toys(ram / "a", toy_plan(), toy_cases(), workers=3).opened() as run:
-        run.train()
-        scratch = Path(run.exchange.carrier._folder.name)
-        assert not list(scratch.iterdir())
-    assert not scratch.exists()
-    assert not [child for child in psutil.Process().children() if child.name() != "resource_tracker"]
+    before = set(psutil.Process().children())
+    used = []
+    for rounds in (2, 6):
+        plan = toy_plan(federation={"rounds": rounds})
+        with Toys(ram / f"{rounds}", plan, toy_cases(), workers=3).opened() as run:
+            run.train()
+            scratch = Path(run.exchange.carrier.slabs.folder)
+            used.append(len(list(scratch.iterdir())))
+        assert not scratch.exists()
+    assert used[0] == used[1]  # files are used again, not made anew
+    left = set(psutil.Process().children()) - before
+    assert not [child for child in left if child.name() != "resource_tracker"]
 
 
 def test_workers_end_when_their_parent_is_killed(ram: Path) -> None:

@@ -18,7 +18,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from client.pacs import pull as pulling
 from client.pacs.pull import Away, pull
-from client.pacs.query import KEYS, parse
+from client.pacs.query import KEYS, parse, uid
 from client.pacs.settings import Pacs, chosen
 from client.pacs.shelf import Instance, Shelf
 from client.pacs.web import first_part
@@ -364,6 +364,30 @@ def test_what_the_web_may_answer(ram: Path) -> None:
     one_line(
         lambda _: (200, "", json.dumps(silent).encode()), Exit.PACS_REFUSED, "does not answer Modality", ram
     )
+
+
+@pytest.mark.parametrize("value", [5, {"a": 1}, "text", [], [None], [{"Alphabetic": "x"}], None])
+def test_whatever_stands_for_a_value_is_one_line(value: object, ram: Path) -> None:
+    found = [{"0020000D": {"vr": "UI", "Value": value}, "zzz": {"Value": ["1"]}, "00080060": value}]
+    one_line(
+        lambda _: (200, "", json.dumps(found).encode()),
+        Exit.PACS_REFUSED,
+        r"is not a UID|does not answer",
+        ram,
+    )
+
+
+@pytest.mark.parametrize("text", ["..", ".", "1..2", "1.", "", "1/2", "1" * 65, "１.2", "1.2\n"])
+def test_what_is_no_uid_stands_in_no_path(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a UID"):
+        uid(text)
+
+
+def test_an_archive_without_end_is_left(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Toy(give, tuple(f"3.{i}" for i in range(9))))
+    monkeypatch.setattr(pulling, "_MOST", 8)
+    with pytest.raises(Stop, match="more than 8 answers to one query: ask for less"):
+        pull(SOURCE, ram)
 
 
 def test_an_archive_that_ignores_a_key_gives_nothing_else(ram: Path) -> None:

@@ -12,9 +12,12 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from conf.schema import Columns
 from tasks.data.cache import Cache
-from tasks.data.dicom import read_series
+from tasks.data.dicom import read_volume
+from tasks.data.guard import shared
+from tasks.data.header import read_header
 from tasks.data.ingest import NothingKept, Report
-from tasks.data.source import Faulty, Reason
+from tasks.data.series import assemble
+from tasks.data.source import Faulty, LabelMap, Raw, Reason
 
 Run = Callable[..., tuple[Report, Cache]]
 ROWS, COLUMNS, SLICES = 6, 5, 4
@@ -95,6 +98,17 @@ def seg_of(datasets: list[FileDataset], truth: np.ndarray) -> hd.seg.Segmentatio
         "1",
         "1",
     )
+
+
+def read_series(slices: list[Path], seg: Path | None, label_map: LabelMap) -> Raw:
+    """Files that are one volume, and nothing else."""
+    parts = assemble([(p, read_header(p, shared())) for p in slices])
+    for part in parts:
+        if part.fault is not None:
+            raise part.fault
+    (one,) = parts
+    assert one.volume is not None
+    return read_volume(one.volume, [] if seg is None else [seg], label_map)
 
 
 def world(axes: np.ndarray, k: int, r: int, c: int, gap: float = 2.5) -> np.ndarray:
@@ -364,3 +378,24 @@ def test_the_zoo_ends_in_reasons(real: Callable[[str], Path], run: Run) -> None:
     with pytest.raises(NothingKept, match="no usable case") as caught:
         run(real("dicom_zoo"), columns=Columns(label="none of these has one"))
     assert {r.reason for r in caught.value.report.refused} >= {Reason.UNREADABLE, Reason.NO_MASK}
+
+
+def test_a_row_may_name_a_slice(tmp_path: Path, run: Run) -> None:
+    root = tmp_path / "data"
+    first, *_, last = write(root / "s", truth=None)
+    rows = [f"s/{first.name},0", f"s/{last.name},1"]
+    (root / "manifest.csv").write_text("\n".join(["image,label", *rows]))
+    _, cache = run(root, "manifest.csv", Columns())
+    found = {e.source: cache.load(e) for e in cache.entries}
+    assert {s: c.labels["label"] for s, c in found.items()} == {f"s/{first.name}": 0, f"s/{last.name}": 1}
+    case = found[f"s/{last.name}"]
+    assert np.array_equal(case.images["image"][0], STORED[-1].astype(int) - 1024)
+    assert (case.spacing, case.units) == ((1.5, 0.75), "HU")  # rows, columns
+
+
+def test_a_copy_of_a_slice_is_left_out_and_told(tmp_path: Path, run: Run) -> None:
+    first, *_ = write(tmp_path / "data" / "s")
+    shutil.copy(first, first.with_name("copy.dcm"))
+    report, cache = run(tmp_path / "data")
+    assert [e.shape for e in cache.entries] == [(1, COLUMNS, ROWS, SLICES)]
+    assert report.notes["files that repeat a SOPInstanceUID were left out"] == 1

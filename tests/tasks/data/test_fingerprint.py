@@ -178,6 +178,9 @@ def test_an_unannotated_patient_is_none_and_an_absent_class_is_not() -> None:
     bare = SURVEY.of_patient([case(annotated=False)])
     assert bare.volume[:, 0].tolist() == [1, 1]
     assert bare.foreground[0, 0] == UNIT
+    partly = SURVEY.of_patient([replace(case(), annotates=(1,))])  # 0 may hide the second class
+    assert partly.volume[:, 0].tolist() == partly.voxels[:, 0].tolist() == [0, 1]
+    assert partly.position[:, 0, 0].tolist() == [0, 1]
     empty = case()
     empty.masks["mask"].fill_(1)
     found = SURVEY.of_patient([empty])

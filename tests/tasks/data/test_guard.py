@@ -30,9 +30,9 @@ from pydicom.uid import (
 )
 
 from tasks.data.dicom import from_series
-from tasks.data.dryrun import dry_run, inspect
+from tasks.data.dryrun import dry_run, in_words, inspect
 from tasks.data.guard import Answer, Guard, _Worker
-from tasks.data.header import header, read_header
+from tasks.data.header import header, read_header, whole
 from tasks.data.pixels import frames
 from tasks.data.source import Faulty, Reason
 
@@ -104,7 +104,7 @@ def most_resident(process: psutil.Process, until: threading.Event) -> Iterator[i
         yield from (1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-@pytest.mark.parametrize("job", [header, inspect])  # one stops before pixels, the other does not
+@pytest.mark.parametrize("job", [header, whole, inspect])  # the first stops before pixels
 def test_a_deflated_bomb_is_refused_under_the_limit(
     tmp_path: Path, guard: Guard, job: Callable[..., Iterator[Answer]]
 ) -> None:
@@ -124,7 +124,7 @@ def test_a_deflated_bomb_is_refused_under_the_limit(
 
 
 @pytest.mark.parametrize("depth", [5_000, 200_000])
-@pytest.mark.parametrize("job", [header, inspect])
+@pytest.mark.parametrize("job", [header, whole, inspect])
 def test_deep_nesting_is_refused(
     tmp_path: Path, guard: Guard, depth: int, job: Callable[..., Iterator[Answer]]
 ) -> None:
@@ -144,7 +144,11 @@ def test_absurd_sizes_are_refused(tmp_path: Path, guard: Guard, syntax: str, nam
     path = file(tmp_path / "huge.dcm", syntax, **data, **{n: BIG[n] for n in names})
     began = time.monotonic()
     with pytest.raises(Faulty, match=r"huge\.dcm"):
-        list(guard.stream(frames, path, indices=[0]) if "Rows" in names else guard.stream(inspect, path))
+        list(
+            guard.stream(frames, path, most=1, indices=[0])
+            if "Rows" in names
+            else guard.stream(inspect, path, most=2)
+        )
     lines = list(dry_run(tmp_path, guard))
     assert lines[0]["outcome"] == "undecodable"
     assert lines[1]["reason"]
@@ -173,6 +177,21 @@ def test_a_worker_can_write_no_file_and_dump_no_core(tmp_path: Path) -> None:
         guard.call(header, file(tmp_path / "a.dcm"))
         for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
             assert resource.prlimit(worker(guard).pid, limit) == (0, 0)
+
+
+def test_a_worker_knows_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARDROUND_PACS_LOGIN", "user:secret")
+    with Guard() as guard:
+        guard.call(header, file(tmp_path / "a.dcm"))
+        assert "user:secret" not in worker(guard).environ().values()
+
+
+def test_a_refusal_commands_no_terminal() -> None:
+    fault = Faulty(Reason.LABEL, "segments \x1b]0;owned\x07 \u202e\n not mapped")
+    assert fault.detail == "segments ]0;owned not mapped"
+    line = {"path": "a\x1b[2J.dcm", "outcome": "unreadable", "shape": None, "reason": str(fault)}
+    assert str(fault).isprintable()
+    assert in_words(line).isprintable()
 
 
 def test_a_hang_ends_at_the_limit_and_the_next_file_is_read(tmp_path: Path) -> None:
@@ -224,6 +243,8 @@ LIES = {
     "pickle": said(b"\x80\x04."),
     "nested": said(b"[" * 100_000),
     "long text": struct.pack("<IQ", 2**32 - 1, 0),
+    "more text than its file is worth": struct.pack("<IQ", 17 << 20, 0),
+    "more answers": said(ANSWER) + said(ANSWER) + said({**ANSWER, "state": "end"}),
     "long array": said({**ANSWER, "dtype": "uint8", "shape": [2**40]}, size=2**40),
     "cut": said(ANSWER)[:-1],
     "nothing": b"",

@@ -203,6 +203,7 @@ def test_suv_is_linear_in_weight_and_decays(weight: float, dose: float, half: fl
         {"CorrectedImage": ["DECY"]},
         {"PatientWeight": "0"},
         {"RadionuclideTotalDose": "0"},
+        {"RadionuclideTotalDose": "400"},  # MBq
         {"RadionuclideHalfLife": "-5"},
         {"RadionuclideHalfLife": "60"},
         {"RadiopharmaceuticalStartTime": "130000"},
@@ -213,6 +214,23 @@ def test_suv_is_linear_in_weight_and_decays(weight: float, dose: float, half: fl
 )
 def test_suv_needs_attributes_that_agree(changes: dict[str, object]) -> None:
     assert suv_factor(pet(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("zone", "own", "sound"),
+    [
+        ("", "", True),
+        ("", "+0100", True),
+        ("+0100", "+0100", True),
+        ("+0000", "+0100", False),
+        ("+0000", "", False),
+    ],
+)
+def test_an_injection_in_another_time_zone_gives_no_suv(zone: str, own: str, sound: bool) -> None:
+    ds = pet(RadiopharmaceuticalStartTime=None, TimezoneOffsetFromUTC=own or None)
+    ds.RadiopharmaceuticalInformationSequence[0].RadiopharmaceuticalStartDateTime = f"20200101110000.5{zone}"
+    wanted = 70_000 / 400e6 * 2 ** (3599.5 / 6588)
+    assert suv_factor(ds) == (pytest.approx(wanted, rel=1e-9) if sound else None)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +252,10 @@ def test_suv_decayed_to_the_injection_needs_no_time() -> None:
 @pytest.mark.parametrize(
     ("sop", "more", "units"),
     [
-        (CTImageStorage, {}, "HU"),
-        (CTImageStorage, {"RescaleType": "HU"}, "HU"),
-        (CTImageStorage, {"RescaleType": "US"}, ""),
+        (CTImageStorage, {"RescaleIntercept": "-1024"}, "HU"),
+        (CTImageStorage, {"RescaleIntercept": "0", "RescaleType": "HU"}, "HU"),
+        (CTImageStorage, {"RescaleIntercept": "0", "RescaleType": "US"}, ""),
+        (CTImageStorage, {}, ""),  # stored values, of whatever unit
         (ComputedRadiographyImageStorage, {"RescaleType": "HU"}, ""),
         ("1.2.840.10008.5.1.4.1.1.128", {"Units": "GML"}, "SUVbw"),
         ("1.2.840.10008.5.1.4.1.1.128", {"Units": "BQML"}, ""),
@@ -244,3 +263,18 @@ def test_suv_decayed_to_the_injection_needs_no_time() -> None:
 )
 def test_units(sop: str, more: dict[str, object], units: str) -> None:
     assert facts_of(image(np.zeros((2, 2), np.uint16), sop, **more))["units"] == units  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("more", "held"),
+    [
+        ({}, False),
+        ({"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"]}, False),
+        ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, True),
+        ({"ImageType": ["DERIVED", "SECONDARY", "OTHER", "CT_SOM5 PROT"]}, True),
+        ({"PhotometricInterpretation": "RGB"}, True),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, False),
+    ],
+)
+def test_pages_among_a_scanners_images_are_held_back(more: dict[str, object], held: bool) -> None:
+    assert bool(facts_of(image(np.zeros((2, 2), np.uint16), **more))["doubt"]) is held  # type: ignore[arg-type]

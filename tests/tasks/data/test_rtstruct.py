@@ -14,7 +14,7 @@ from skimage.measure import points_in_poly
 
 from tasks.data.drawn import RTSTRUCT, read_masks
 from tasks.data.labels import Drawn
-from tasks.data.rtstruct import even_odd, series_of
+from tasks.data.rtstruct import drawn_on, even_odd
 from tasks.data.source import Faulty, Grid, LabelMap, Naming, Reason
 
 COLUMNS, ROWS, SLICES = 8, 7, 5
@@ -90,6 +90,14 @@ def test_an_inner_contour_is_a_hole_and_a_region_may_have_two_parts(tmp_path: Pa
     assert out.mask[6, 5, 1]
     assert not out.mask[..., 2].any()
     assert out.notes == ("a region has no contour on some slices between its ends: nothing was filled in",)
+
+
+def test_a_contour_that_stands_twice_does_not_undo_itself(tmp_path: Path) -> None:
+    twice = {"x": [(1.0, HALF), (1.0, HALF)]}
+    out = drawn(write(tmp_path / "a.dcm", twice), {"x": 1})
+    assert (int(out.mask.sum()), out.notes) == (12, ("a contour that stands twice was drawn once",))
+    exclusive = write(tmp_path / "b.dcm", twice, kind="CLOSEDPLANAR_XOR")  # there it says so
+    assert not drawn(exclusive, {"x": 1}).mask.any()
 
 
 def test_regions_overlap_by_class_and_markers_are_no_regions(tmp_path: Path) -> None:
@@ -171,9 +179,9 @@ def test_every_real_structure_set_equals_its_voxel_truth(real: Callable[[str], P
 def test_real_structure_sets_name_their_series(real: Callable[[str], Path]) -> None:
     root = real("sts_rtstruct")
     image = pydicom.dcmread(next((root / "STS_003/MR_T1/image").iterdir()), stop_before_pixels=True)
-    series, frames = series_of(pydicom.dcmread(root / "STS_003/MR_T1/RS.dcm"))
-    assert series == (image.SeriesInstanceUID,)
-    assert frames == (image.FrameOfReferenceUID,)
+    named = drawn_on(pydicom.dcmread(root / "STS_003/MR_T1/RS.dcm"))
+    assert named.series == (image.SeriesInstanceUID,)
+    assert named.frames == (image.FrameOfReferenceUID,)
 
 
 @pytest.mark.parametrize("name", ["invalid_reference_rt", "non_existent_reference_rt", "rtstruct"])
@@ -181,7 +189,7 @@ def test_structure_sets_of_the_zoo_end_in_reasons(
     real: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     ds = pydicom.dcmread(real("dicom_zoo") / "objects" / f"{name}.dcm", force=True)
-    assert len(series_of(ds)[1]) == 1
+    assert len(drawn_on(ds).frames) == 1
     path = real("dicom_zoo") / "objects" / f"{name}.dcm"
     with pytest.raises(Faulty, match=r"frame of reference|unreadable") as caught:
         drawn(path, "nonzero")

@@ -19,12 +19,13 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from tasks.data.dicom import read_volume
+from tasks.data.dicom import _owner, read_flat, read_volume
 from tasks.data.dryrun import dry_run
 from tasks.data.guard import Guard
 from tasks.data.header import Header, Plane, header
-from tasks.data.series import Part, Volume, assemble
-from tasks.data.source import Reason
+from tasks.data.series import Part, assemble
+from tasks.data.source import Faulty, Reason
+from tasks.data.volume import Volume
 
 AXIAL = (1.0, 0, 0, 0, 1, 0)
 SAGITTAL = (0.0, 1, 0, 0, 0, -1)
@@ -186,6 +187,12 @@ REFUSED: dict[str, tuple[list[Header], list[Reason]]] = {
     "not finite": ([one((0, 0, float("nan"))), *column(2)], [Reason.GEOMETRY]),
     "far away": ([one((0, 0, 1e300)), *column(2)], [Reason.GEOMETRY]),
     "no pixel size": (column(3, spacing=(0.0, 1.0)), [Reason.GEOMETRY]),
+    "pixels of light years": (column(3, spacing=(1.0, 1e300)), [Reason.GEOMETRY]),
+    "pixels without end": (column(3, spacing=(1.0, float("inf"))), [Reason.MIXED]),
+    "no two alike": (  # a comparison of each with each would take minutes
+        [one((0, 0, k), (1.0, k, 0, 0, 1, 0)) for k in range(3000)],
+        [Reason.ORIENTATION],
+    ),
     "repeated without a key": (column(4) + column(4), [Reason.REPEATED]),
     "repeated in part": (numbered(column(5) + column(3)), [Reason.REPEATED]),
     "scouts": (column(2, scout=True) + column(3), [Reason.SCOUT]),
@@ -210,7 +217,9 @@ def test_what_is_no_volume_is_refused_by_name(name: str) -> None:
 def test_a_repeated_file_counts_once_and_a_contradicting_one_is_refused() -> None:
     headers = column(4)
     files = [(Path(f"{n}"), h) for n, h in enumerate(headers)]
-    assert sizes(assemble([*files, (Path("copy"), headers[2])])) == [4]
+    (part,) = assemble([*files, (Path("copy"), headers[2])])
+    assert part.volume is not None
+    assert (len(part.volume.images), part.repeats) == (4, (Path("copy"),))
     other = headers[2].model_copy(update={"planes": headers[1].planes})
     parts = assemble([*files, (Path("other"), other)])
     assert sizes(parts) == [4]
@@ -326,3 +335,51 @@ def test_flat_images_are_cases_of_their_own(real: Callable[[str], Path]) -> None
 
 def test_ct_without_a_place_is_damaged_not_flat() -> None:
     assert reasons(put([one(None, None, sop_class=str(CTImageStorage))])) == [Reason.NO_POSITION]
+
+
+def test_one_slice_is_a_case_only_where_it_was_named() -> None:
+    (header,) = column(1)
+    assert reasons(assemble([(Path("a"), header)])) == [Reason.SLICES]
+    (part,) = assemble([(Path("a"), header)], alone=True)
+    assert (part.fault, part.volume, len(part.images)) == (None, None, 1)
+
+
+def test_a_volume_far_larger_than_its_files_is_not_begun(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(1000))
+    slices = [(tmp_path / "small", h) for h in column(2, rows=20_000, columns=20_000)]
+    (part,) = assemble(slices)
+    assert part.volume is not None
+    with pytest.raises(Faulty, match="small: 1525 MiB of image in files of 0 MiB") as caught:
+        read_volume(part.volume, [], None)
+    assert caught.value.reason is Reason.LIMIT
+    film = one(
+        None, None, sop_class=str(UltrasoundMultiFrameImageStorage), frames=9000, rows=999, columns=999
+    )
+    (first, *_) = assemble([(tmp_path / "small", film)])
+    with pytest.raises(Faulty, match="small: 8565 MiB"):
+        read_flat(first.images[0], None)
+
+
+ECHOES = [column(4, keys={"echo": "1"}), column(4, keys={"echo": "2"})]
+
+
+@pytest.mark.parametrize(
+    ("mask", "owner"),
+    [
+        ({"refers_to": ["1.2"]}, Reason.NO_IMAGE),  # the series has two volumes
+        ({"refers_to_instances": [ECHOES[1][0].sop_instance], "refers_to": ["1.2"]}, 1),
+        ({"refers_to_instances": [e[0].sop_instance for e in ECHOES]}, Reason.NO_IMAGE),
+        ({"refers_to_instances": [ECHOES[0][3].sop_instance], "patient": "Q"}, Reason.MIXED),
+        ({"refers_to_instances": [ECHOES[0][3].sop_instance], "patient": ""}, 0),
+        ({"refers_to": ["9"], "frame_of_reference": "9"}, Reason.NO_IMAGE),
+    ],
+)
+def test_a_mask_belongs_to_one_volume_of_its_patient(mask: dict[str, Any], owner: int | Reason) -> None:
+    parts = put([h for echo in ECHOES for h in echo])
+    found = _owner(one(None, None, **{"frame_of_reference": "", **mask}), parts)
+    if isinstance(owner, Reason):
+        assert isinstance(found, Faulty)
+        assert found.reason is owner
+    else:
+        assert isinstance(found, Part)
+        assert found.images[0].plane.keys["echo"] == str(owner + 1)
