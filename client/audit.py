@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from client.chain import Chain, Head, Record, Scalar
@@ -30,7 +29,7 @@ class Audit(Chain):
         with self.open() as grip:
             return grip.add(event=event, **facts)
 
-    def events(self) -> Iterator[Record]:
+    def events(self) -> list[Record]:
         """Every event, each checked against the one before it.
 
         Raises:

@@ -80,15 +80,14 @@ class Chain:
                 pass
             return grip.head
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> list[Record]:
         """Every record, each checked against the one before it.
 
         Raises:
             Stop: (`broken`) as `verify`.
         """
-        with self.open() as grip:
-            for record, _ in grip.since(Head()):
-                yield record
+        with self.open() as grip:  # not longer: somebody who reads slowly would stop the site
+            return [record for record, _ in grip.since(Head())]
 
     def noted(self) -> Head:
         """The end as the head's file knows it."""

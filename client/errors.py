@@ -32,6 +32,8 @@ def code_of(error: BaseException) -> str:
             return "budget"
         case Stop(exit=Exit.LEDGER_BROKEN):
             return "ledger"
+        case Stop(exit=Exit.AUDIT_BROKEN):
+            return "internal"
         case Stop():
             return "plan"
     return "internal"

@@ -16,9 +16,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from client.thumbs import Thumb, colour, thumbs
+from conf.exits import printable
 from conf.files import no_space, write_atomic
 from tasks.data.cache import Cache, Record
-from tasks.data.summary import Group, Summary, as_text, printable
+from tasks.data.summary import Group, Summary, as_text
 
 SHOWN = 36  # cases with pictures: a page of a few MB, however many cases there are
 _WINDOWS = {"HU": (-160.0, 240.0, "soft tissue, -160 to 240 HU")}

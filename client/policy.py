@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from conf.schema import Frozen, Plan
 from strategies.failures import Refused
 
@@ -20,7 +22,7 @@ class Policy(Frozen):
     tasks: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
     statistics: Literal["none", "exact"] = "exact"
-    minimum_cell: int = 10
+    minimum_cell: int = Field(10, ge=1)
     privacy: Literal["optional", "required"] = "optional"
 
     def check(self, plan: Plan) -> None:

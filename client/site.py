@@ -1,7 +1,7 @@
 """The gate of a hospital: every instruction enters here, and nothing leaves but through here.
 
 The order is the safety: who is meant and which code and plan → what was already answered → which state
-counts → the strategy's answer → is it of the form the plan allows → keep it → let it go.
+counts → the strategy's answer → is it of the form the plan allows → keep it → write it down → let it go.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import ValidationError
 
+from client.audit import Audit
+from client.chain import Scalar
 from client.errors import report
 from client.ledger import Ledger
 from client.policy import Policy
@@ -24,13 +27,14 @@ from client.train import Archive, Bench, Session
 from conf.files import write_atomic
 from conf.schema import Plan
 from strategies.privacy.accountant import Entry
-from strategies.protocol import Instruction, Refused, Reply, Tree, Update
+from strategies.protocol import Instruction, Refused, Reply, Tree, Update, digest, pack
 
 __all__ = ["Archive", "Bench", "Ledger", "Plans", "Policy", "Site"]
 
 # what an instruction names becomes part of a path at the site: nothing else may
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_SHOWN = 64  # characters of a coordinator's word that go into the log
 
 
 class Plans:
@@ -78,6 +82,7 @@ class Site:
         durable: keep every reply before it leaves (deployed). Simulated sites may also tell exact metrics
             of a private run, which no noise covers; a deployed one keeps them home.
         ledger: the privacy account; without one nothing private is trained.
+        audit: log of what was asked and what left (deployed): nothing leaves before it stands there.
     """
 
     name: str
@@ -89,13 +94,32 @@ class Site:
     code: str
     durable: bool = True
     ledger: Ledger | None = None
+    audit: Audit | None = None
 
     def handle(self, instruction: Instruction, common: Tree) -> Reply:
         """Answer an instruction. Never raises: an error becomes a code, its detail stays in the own log."""
         try:
-            return self._answer(instruction, common)
+            self._record("request", instruction, plan=instruction.plan[:_SHOWN])
+            reply = self._answer(instruction, common)
+            if self.audit is not None:
+                blob = pack(reply.to_tree())
+                self._record("answer", instruction, bytes=len(blob), sha256=digest(blob))
+            return reply
         except Exception as error:  # noqa: BLE001  the boundary: exception text must not leave a hospital
-            return Reply(self.name, report(error, self.folder / "incidents.jsonl"))
+            failure = report(error, self.folder / "incidents.jsonl")
+            with suppress(Exception):  # the log may be what failed; a code leaves all the same
+                self._record("refusal", instruction, code=failure.code, incident=failure.incident)
+            return Reply(self.name, failure)
+
+    def _record(self, event: str, asked: Instruction, **facts: Scalar) -> None:
+        """Write down, durably, what was asked or leaves. Whoever asked chose the words: they are cut."""
+        if self.audit is not None:
+            which: dict[str, Scalar] = {
+                "round": asked.round,
+                "attempt": asked.attempt,
+                "stage": asked.stage[:_SHOWN],
+            }
+            self.audit.add(event, run=asked.run[:_SHOWN], **which, **facts)
 
     def charged(self, run: str) -> list[Entry]:
         """What a run has reserved in the ledger."""

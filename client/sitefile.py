@@ -51,7 +51,7 @@ class SiteData(Frozen):
 
         if self.labels == Labels():
             return Naming.of(self.label_map)
-        from tasks.data.naming import naming  # it brings the readers
+        from tasks.data.naming import naming
 
         return naming(self.labels)
 
@@ -108,7 +108,7 @@ class SiteFile(Frozen):
             read = cls.model_validate(yaml.safe_load(path.read_text()))
         except ValidationError as error:
             raise Stop(Exit.CONFIG, f"{path}: {complaint(error)}") from None
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise Stop(Exit.CONFIG, f"{path} cannot be read ({type(error).__name__}: {error})") from None
         here = path.absolute().parent
         names = ("cache", "state", "key", "audit", "ledger", "socket")
@@ -147,6 +147,7 @@ class SiteFile(Frozen):
         Raises:
             Stop: the cache holds no usable split.
         """
+        from client.audit import Audit
         from client.shelf import Shelf
         from client.site import Ledger, Plans, Site
         from strategies.code import code_digest
@@ -164,4 +165,5 @@ class SiteFile(Frozen):
             code=code_digest(),
             durable=True,
             ledger=Ledger(self.ledger, self.privacy),
+            audit=Audit(self.audit),
         )

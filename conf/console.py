@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from conf.exits import HELP, Exit, Stop
+from conf.exits import HELP, Exit, Stop, printable
 
 #: set to 1, it is `--debug` for whatever runs without a command line of its own
 DEBUG = "WARDROUND_DEBUG"
@@ -75,5 +75,5 @@ def exit_codes() -> str:
 
 
 def _say(exit: Exit, message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
     return exit.value

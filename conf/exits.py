@@ -90,3 +90,8 @@ class Stop(ValueError):
     def __init__(self, exit: Exit, message: str) -> None:
         super().__init__(message)
         self.exit = exit
+
+
+def printable(text: str) -> str:
+    """Text as it may stand in a terminal: names from outside can hold escape sequences, or be no text."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from client.places import CacheOption, SiteOption, known_places
+from conf.exits import printable
 
 
 def audit(site: SiteOption = None, cache: CacheOption = None) -> None:
@@ -14,6 +15,7 @@ def audit(site: SiteOption = None, cache: CacheOption = None) -> None:
     log = Audit(known_places(site, cache).audit)
     for event in log.events():
         facts = " ".join(f"{k}={v}" for k, v in event.items() if k not in ("n", "time", "event", "before"))
-        typer.echo(f"{event['n']:>6}  {event['time']}  {event['event']:<12} {facts}")
+        # a coordinator's words are among them
+        typer.echo(printable(f"{event['n']:>6}  {event['time']}  {event['event']:<12} {facts}"))
     head = log.verify()
     typer.echo(f"{head.lines} entries, unchanged; head {head.digest}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from client.places import SiteOption, key_places
-from conf.exits import Exit
+from conf.exits import Exit, printable
 
 
 def export_deid(
@@ -35,6 +35,8 @@ def export_deid(
     key = patient_key(places.key)
     barred = Barred.read(places.barred)
     barred.check(key)
+    log = Audit(places.audit)
+    log.add("export-deid")  # before the first file is written: it may be killed at any moment
     written = refused = 0
     outcomes = export(
         source,
@@ -47,10 +49,10 @@ def export_deid(
     for outcome in outcomes:
         if outcome.written is None:
             refused += 1
-            typer.echo(f"{outcome.source}: {outcome.reason}: {outcome.detail}")
+            typer.echo(printable(f"{outcome.source}: {outcome.reason}: {outcome.detail}"))
         else:
             written += 1
-    Audit(places.audit).add("export-deid", files=written, refused=refused)
+    log.add("exported", files=written, refused=refused)
     typer.echo(f"{written} files in {destination}, {refused} refused")
     if not written:
         raise typer.Exit(Exit.NO_CASES.value)

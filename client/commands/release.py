@@ -29,7 +29,11 @@ def release(
         raise Stop(Exit.CONFIG, f"{absent[0]} does not exist; nothing was released")
     places = known_places(site, cache)
     released = Released(places.released)
-    new = sorted({digest(path) for path in paths if path.is_file()} - released.known)
+    try:
+        new = sorted({digest(path) for path in paths if path.is_file()} - released.known)
+    except OSError as error:
+        text = f"{error.filename} cannot be read ({error.strerror}); nothing was released"
+        raise Stop(Exit.CONFIG, text) from None
     for one in new:
         Audit(places.audit).add("release", file=one)  # before it counts
     released.add(new)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.exits import printable
 from tasks.data.dicom import File, Series, all_series
 from tasks.data.discover import kind
 from tasks.data.guard import Answer, Guard, shared
@@ -20,7 +21,7 @@ from tasks.data.header import checked, facts_of, opened
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import decoded
 from tasks.data.series import Part
-from tasks.data.source import Faulty, Reason, printable
+from tasks.data.source import Faulty, Reason
 
 Line = dict[str, Any]
 

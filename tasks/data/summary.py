@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.exits import printable
 from tasks.data.cache import Entry, Record
 from tasks.data.source import Array, Raw
 
@@ -175,7 +176,17 @@ def _labels(rows: Iterable[Mapping[str, float]]) -> dict[str, dict[str, int]]:
     for row in rows:
         for name, value in row.items():
             by[name][value] += 1
-    return {name: {f"{v:g}": n for v, n in sorted(c.items())[:IDS]} for name, c in sorted(by.items())}
+    return {name: _listed(sorted(counts.items())) for name, counts in sorted(by.items())}
+
+
+def _listed(counts: Sequence[tuple[float, int]]) -> dict[str, int]:
+    """The first values, and how many cases have another."""
+    out: Counter[str] = Counter()
+    for value, cases in counts[:IDS]:
+        out[f"{value:g}"] += cases  # two may look the same
+    if more := sum(cases for _, cases in counts[IDS:]):
+        out["others"] = more
+    return dict(out)
 
 
 def _same(records: Mapping[str, Record]) -> list[Group]:
@@ -248,11 +259,6 @@ def as_text(summary: Summary) -> str:
     for title, counts in (("not mapped", summary.unmapped), ("note", summary.notes)):
         lines += [f"{title:<13} {name} ({n} cases)" for name, n in counts.items()]
     return "".join(f"{printable(line)}\n" for line in lines)
-
-
-def printable(text: str) -> str:
-    """Text as it may stand in a terminal: names of files can hold escape sequences."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _ids(group: Group) -> str:

@@ -52,6 +52,9 @@ def test_what_is_doubtful_waits_until_it_is_released(home: Path) -> None:
     events = [json.loads(line) for line in (home / "audit.jsonl").read_text().splitlines()]
     assert sum(e["event"] == "release" for e in events) == len(list(doubtful.iterdir()))
     assert site("audit", *file)[0] == Exit.OK
+    (home / "state" / "released").unlink()  # somebody thinks better of it
+    assert site("ingest", *file)[0] == Exit.PARTLY
+    assert len(Cache(home / "cache").entries) == 1
     (home / "state" / "released").write_text("all of them\n")
     code, said = site("ingest", *file)
     assert code == Exit.CONFIG
@@ -81,6 +84,10 @@ def test_files_leave_without_names_and_are_read_as_the_same_case(home: Path, ram
     code, said = site("export-deid", source, out, *file)
     assert said.count("already there") == whole - held
     assert code == Exit.NO_CASES
+    events = [json.loads(line) for line in (home / "audit.jsonl").read_text().splitlines()]
+    assert [(e["event"], e.get("files")) for e in events[1:]] == [
+        ("export-deid", None), ("exported", whole - held), ("export-deid", None), ("exported", 0),
+    ]  # fmt: skip
 
 
 def test_wrong_folders_and_keys_are_refused(home: Path, ram: Path) -> None:

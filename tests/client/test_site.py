@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from client.audit import Audit
+from client.chain import Head
 from client.policy import Policy
+from conf.exits import Exit, Stop
 from conf.schema import Section
 from strategies import STRATEGIES
-from strategies.protocol import Failure, Refused, Tree
+from strategies.protocol import Failure, Refused, Tree, Update
 from tests.client.desk import Desk, blob, code
 from tests.toys import Quadratic, toy_cases, toy_plan
 
@@ -130,6 +134,84 @@ def test_a_record_cut_anywhere_never_gives_a_wrong_answer(name: str, ram: Path, 
     path.write_bytes(whole)
     assert blob(desk.ask()) == first
     assert steps == []
+
+
+# ---- the log of what was asked and what left
+
+
+@pytest.fixture
+def logged(ram: Path) -> tuple[Desk, Audit]:
+    desk, log = Desk(ram, toy_plan()), Audit(ram / "audit.jsonl")
+    desk.site = replace(desk.site, audit=log)
+    return desk, log
+
+
+def test_nothing_is_done_before_it_stands_in_the_log(
+    logged: tuple[Desk, Audit], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, log = logged
+    true, seen = Audit.add, []
+
+    def add(self: Audit, event: str, **facts: Any) -> Head:
+        seen.append((event, len(steps), len(desk.files())))
+        head = true(self, event, **facts)
+        assert Audit(log.path).verify() == head  # another process would see it
+        return head
+
+    monkeypatch.setattr(Audit, "add", add)
+    given = blob(desk.ask())
+    assert seen == [("request", 0, 0), ("answer", 4, 1)]
+    assert log.events()[-1]["sha256"] == hashlib.sha256(given).hexdigest()
+    assert log.events()[-1]["bytes"] == len(given)
+    assert blob(desk.ask()) == given  # the same bytes left twice, and it says so
+    assert [e["event"] for e in log.events()] == ["request", "answer"] * 2
+    assert code(desk.ask(desk.asked(plan="0" * 64))) == "plan"
+    refusal, incident = log.events()[-1], desk.incidents()[-1]
+    assert (refusal["event"], refusal["code"]) == ("refusal", "plan")
+    assert refusal["incident"] == incident["incident"]
+
+
+def test_what_cannot_be_written_down_does_not_leave(
+    logged: tuple[Desk, Audit], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, log = logged
+    true = Audit.add
+
+    def full(self: Audit, event: str, **facts: Any) -> Head:
+        if event == "answer":
+            raise Stop(Exit.DISK_FULL, "disk full")
+        return true(self, event, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Audit, "add", full)
+        assert code(desk.ask()) == "disk"
+    assert len(steps) == 4
+    steps.clear()
+    assert isinstance(desk.ask().body, Update)  # what was kept goes out now
+    assert steps == []
+    log.path.write_bytes(log.path.read_bytes().replace(b"train", b"toast"))
+    log.head_path.unlink()
+    assert code(desk.ask(desk.asked(round=2))) == "internal"
+    assert steps == []
+
+
+def test_the_log_names_no_patient_and_no_place(logged: tuple[Desk, Audit], ram: Path) -> None:
+    desk, log = logged
+    desk.ask()
+    desk.ask(desk.asked("evaluate/federated/val"), kind="federated", split="val")
+    desk.propose(desk.plan.canonical())
+    desk.ask(desk.asked("x" * 1000, run=f"../{ram}/{'y' * 1000}\x1b[2J"))
+    events = log.events()
+    assert len(events) == 8
+    known = {"n", "time", "event", "before", "run", "round", "attempt", "stage"}
+    assert {key for e in events for key in e} == known | {"plan", "bytes", "sha256", "code", "incident"}
+    assert max(len(str(value)) for e in events for value in e.values()) == 64
+    own = [e for e in events[:6] for value in e.values() if str(ram) in str(value)]
+    people = {c.patient for c in desk.cases["site_0"]["train"]} | {
+        c.key for c in desk.cases["site_0"]["train"]
+    }
+    assert own == []
+    assert not any(name in log.path.read_text() for name in people)
 
 
 # ---- refusals
