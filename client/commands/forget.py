@@ -64,20 +64,19 @@ def bar(places: Places, patient: str, *, known: bool) -> tuple[bool, int]:
     """
     from client.audit import Audit
     from tasks.data.cache import Cache
-    from tasks.data.frozen import drop_patient, objects_of, remove, sweep
-    from tasks.data.journal import Journal
+    from tasks.data.frozen import drop_patient, objects_of, patients, remove, sweep
     from tasks.data.patients import Barred, patient_key
 
     shelf, audit = Cache(places.cache), Audit(places.audit)
     with shelf.changing():
         barred = Barred.read(places.barred)
-        records = [*shelf.index.records.values(), *Journal(shelf.folder).read().values()]
-        if known and patient not in barred.names | {r.patient for r in records}:
+        if known and patient not in barred.names | patients(shelf):
             raise Stop(Exit.NO_CASES, f"no patient {patient} in {places.cache}; nothing was changed")
         audit.add("forget", patient=patient)
         barred.write(places.barred, [patient], patient_key(places.key))
-        for suffix in (".html", ".json", ".txt"):  # they show the patient; the next ingest writes new ones
-            places.report.with_suffix(suffix).unlink(missing_ok=True)
+        # they show the patient, half-written ones too; the next ingest writes new ones
+        for path in places.report.parent.glob(f"*{places.report.name}.*"):
+            path.unlink(missing_ok=True)
         theirs = objects_of(shelf, patient)
         remove(theirs)
         drop_patient(shelf, patient)

@@ -12,7 +12,7 @@ import typer
 
 from client.places import Places, SiteOption
 from client.places import site_file as find_site
-from conf.exits import Exit, Stop
+from conf.exits import Exit, Stop, printable
 
 if TYPE_CHECKING:
     from client.pacs.settings import Pacs
@@ -86,7 +86,7 @@ def ingest(
         if dry_run:
             _rehearse(root, as_json)
             return
-        _run(root, chosen.places, chosen.data, pulled)
+        _run(root, chosen.places, chosen.data, pulled, one_site=True)
         return
     if pacs:
         text = "--pacs needs a site's file with a section pacs (wardround-site init), or --pacs-from"
@@ -127,13 +127,14 @@ def _rehearse(root: Path, as_json: bool) -> None:
         typer.echo(json.dumps(line) if as_json else in_words(line))
 
 
-def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> None:
+def _run(
+    root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK, *, one_site: bool = False
+) -> None:
     from tasks.data.cache import Cache
     from tasks.data.ingest import NothingKept
     from tasks.data.ingest import ingest as bring_up
     from tasks.data.patients import Barred, patient_key
     from tasks.data.released import Released
-    from tasks.data.source import printable
 
     if not root.is_dir():
         raise Stop(Exit.NO_DATA_ROOT, f"data root {root} is not a folder")
@@ -153,6 +154,7 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
                 progress=progress,
                 barred=Barred.read(places.barred),
                 released=Released(places.released),
+                one_site=one_site,
             )
     except NothingKept as stop:
         _show(stop.report.refused)
@@ -163,9 +165,9 @@ def _run(root: Path, places: Places, data: SiteData, pulled: Exit = Exit.OK) -> 
         _write(report, root, places, data)
     typer.echo(f"report: {places.report}.txt, .json, and .html with pictures, for this site's eyes only")
     for name, cases in report.unmapped.items():
-        typer.echo(f"label not mapped: {printable(name)} in {cases} cases")
+        typer.echo(printable(f"label not mapped: {name} in {cases} cases"))
     for note, cases in report.notes.items():
-        typer.echo(f"{note} ({cases} cases)")
+        typer.echo(printable(f"{note} ({cases} cases)"))
     count = len(report.refused)
     typer.echo(f"{report.kept} cases in {places.cache} ({report.read} read now), {count} refused")
     raise typer.Exit((pulled or report.exit).value)
@@ -196,9 +198,16 @@ def _write(report: Report, root: Path, places: Places, data: SiteData) -> None:
     from tasks.data.cache import Cache
     from tasks.data.summary import summarise
 
-    summary = summarise(report.records, report.read)
+    cache = Cache(places.cache)
     names = {label.value: label.name for label in data.labels.dictionary}
-    write_report(places.report, root.resolve().name, summary, report.records, Cache(places.cache), names)
+    try:
+        with cache.changing():  # a patient who is forgotten meanwhile must not come back in the report
+            records = cache.index.records if report.kept else report.records
+            summary = summarise(records, report.read)
+            write_report(places.report, root.resolve().name, summary, records, cache, names)
+    except Stop as stop:
+        if stop.exit is not Exit.SITE_BUSY:  # then the next ingest writes one
+            raise
 
 
 def parse_table(text: str) -> dict[str, Literal["number"] | tuple[str, ...]]:
@@ -258,8 +267,7 @@ def _show(refused: Sequence[Refused]) -> None:
         return
     from rich.console import Console
     from rich.table import Table
-
-    from tasks.data.source import printable
+    from rich.text import Text
 
     screen = Console()
     if not screen.is_terminal:
@@ -268,7 +276,7 @@ def _show(refused: Sequence[Refused]) -> None:
     for title in ("refused", "reason", "detail"):
         table.add_column(title, overflow="fold")
     for case in refused[:_SHOWN]:
-        table.add_row(*(printable(t).replace("[", r"\[") for t in (case.source, case.reason, case.detail)))
+        table.add_row(*(Text(printable(text)) for text in (case.source, case.reason, case.detail)))
     screen.print(table)
     if len(refused) > _SHOWN:
         screen.print(f"… and {len(refused) - _SHOWN} more")

@@ -173,6 +173,7 @@ class Cache:
 
     def put(self, raw: Raw) -> str:
         """Keep a case's arrays durably; nothing refers to them yet. Returns the digest."""
+        import numpy as np
         import safetensors.numpy
         from safetensors import SafetensorError
 
@@ -183,7 +184,9 @@ class Cache:
             "table": dict(raw.table),
             "units": raw.units,
         }
-        arrays = {n: a for n, a in ((IMAGE, raw.image), (MASK, raw.mask)) if a is not None}
+        given = ((IMAGE, raw.image), (MASK, raw.mask))
+        # the library writes memory as it lies, whatever the strides say
+        arrays = {n: np.ascontiguousarray(a) for n, a in given if a is not None}
         with no_space(self.folder, "ingest again"):
             self.make()
             # straight from the arrays to the file: a copy of a large study would not fit into memory
@@ -195,7 +198,9 @@ class Cache:
                 path = self.path(digest)
                 if not path.exists() or path.stat().st_size != part.stat().st_size:
                     sync_file(part)
-                    path.parent.mkdir(mode=0o700, exist_ok=True)
+                    if not path.parent.is_dir():
+                        path.parent.mkdir(mode=0o700, exist_ok=True)
+                        sync_folder(path.parent.parent)
                     part.replace(path)
                     sync_folder(path.parent)
             except SafetensorError as error:

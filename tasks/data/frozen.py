@@ -53,6 +53,12 @@ def manifest(cache: Cache, run: str) -> Path:
     return cache.folder / "runs" / f"{run}.json"
 
 
+def patients(cache: Cache) -> set[str]:
+    """Everybody whom index, journal or a run names, refused cases included."""
+    records = [*cache.index.records.values(), *Journal(cache.folder).read().values()]
+    return {r.patient for r in records} | set(_named(cache))
+
+
 def objects_of(cache: Cache, patient: str) -> list[Path]:
     """The objects of a patient that no other patient's case equals."""
     named = _named(cache)
@@ -75,7 +81,8 @@ def drop_patient(cache: Cache, patient: str) -> None:
 
 
 def sweep(cache: Cache) -> int | None:
-    """Remove objects that neither the index nor a run names, and manifests of runs long over.
+    """Remove objects that neither the index nor a run names, manifests of runs long over, and whatever else
+    killed processes left half written.
 
     Call it inside `cache.changing()`. A process that holds the cache (`Cache.held`) keeps everything.
 
@@ -93,7 +100,7 @@ def sweep(cache: Cache) -> int | None:
                 path.unlink()
         needed = set().union(*_named(cache).values())
         gone = [p for p in _objects(cache) if p.name.partition(".")[0] not in needed]
-        remove(gone)
+        remove([*gone, *cache.folder.glob(".*.part"), *cache.folder.glob("runs/.*.part")])
         return len(gone)
     finally:
         os.close(handle)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,8 @@ from tasks.data.source import Faulty, Found, LabelMap, Naming, Reason, quietly
 _NOBODY = Barred()
 
 Progress = Callable[[int, int], None]
+#: of a file: its path below the root, bytes, time of its last change in ns
+State = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def ingest(
     barred: Barred = _NOBODY,
     wait: bool = False,
     released: Released | None = None,
+    one_site: bool = False,
 ) -> Report:
     """Bring `cache` up to date with the files below `root`.
 
@@ -98,7 +101,7 @@ def ingest(
         workers: cases read at a time, each with a guarded process of its own for DICOM.
         progress: called with (done, total).
         barred: patients who are not taken in. wait: for another ingest of this cache to end.
-        released: files whose pixels were reviewed.
+        released: files whose pixels were reviewed. one_site: the folders of the root are no sites.
 
     Raises:
         Stop: (`NO_DATA_ROOT`, `CONFIG`, `DISK_FULL`, `CACHE_DAMAGED`, `SITE_BUSY`),
@@ -107,20 +110,29 @@ def ingest(
     _check_root(root, cache)
     barred.check(key)
     settings = [VERSION, manifest, columns.model_dump(), Naming.of(label_map).plain(), fingerprint(key)]
-    files = sorted(_walk(root))
-    others = [sorted(barred.names), sorted(released.known if released else ())]
-    tree = _stamp(root, files, [*settings, *others]) if files else ""
+    files, closed = _walk(root)
+    states = {path: _state(root, path) for path in files}  # before anything is read: later changes are seen
+    others = [sorted(barred.names), sorted(released.known if released else ()), one_site]
+    others.append([[case.source, str(case.fault)] for case in closed])
+    tree = _stamp(states.values(), [*settings, *others]) if files else ""
     if tree and tree == cache.index.tree:
         return replace(_report(cache.index.records, read=0), changed=False)
-    from tasks.data.labels import check_label_map  # readers cost more to import than a run without work
+    # readers cost more to import than a run without work
+    from tasks.data.discover import site_folders
+    from tasks.data.labels import check_label_map
 
     check_label_map(label_map)
     with quietly():
-        found = _discover(root, files, manifest, columns, label_map, released, workers)
+        if manifest is not None:
+            found = _by_manifest(root, manifest, columns, label_map, released, workers)
+        else:
+            found = _by_folders(root, files, columns, released, workers)
+            found = (found if one_site else site_folders(found)) + closed
+        found.sort(key=lambda case: case.source)
         if not {path for case in found for path in case.files} <= set(files):
             tree = ""  # a manifest may name what the walk passes over: its changes would not be seen
         with cache.changing(wait=wait):
-            job = _Job(root, cache, settings, label_map, key, barred.names)
+            job = _Job(root, cache, states, settings, label_map, key, barred.names)
             records, read = job.run(found, workers, progress)
             report = _report(records, read)
             if not report.kept:
@@ -138,40 +150,60 @@ def _check_root(root: Path, cache: Cache) -> None:
         raise Stop(Exit.CONFIG, f"cache {cache.folder} lies below data.root {root}; choose a folder outside")
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+def _walk(root: Path) -> tuple[list[Path], list[Found]]:
+    """The files below the root, sorted, and the folders that were not looked into: passed over in silence,
+    their cases would be gone.
+    """
+    files: list[Path] = []
+    closed: list[Found] = []
+
+    def refuse(path: str | Path, why: str) -> None:
+        name = Path(path).relative_to(root).as_posix()
+        closed.append(Found(name, "", (), fault=Faulty(Reason.UNREADABLE, why)))
+
+    for folder, folders, names in os.walk(
+        root, onerror=lambda e: refuse(e.filename, f"folder: {e.strerror}")
+    ):
         folders[:] = [f for f in folders if not f.startswith(".")]
-        yield from (Path(folder, n) for n in names if not n.startswith("."))
+        for linked in (Path(folder, f) for f in folders if Path(folder, f).is_symlink()):
+            refuse(
+                linked, "a link to a folder is not followed; name that folder as data.root, or mount it here"
+            )
+        files += (Path(folder, n) for n in names if not n.startswith("."))
+    return sorted(files), closed
 
 
-def _discover(
+def _by_manifest(
     root: Path,
-    files: Sequence[Path],
-    manifest: str | None,
+    manifest: str,
     columns: Columns,
     label_map: LabelMap,
     released: Released | None,
     workers: int,
 ) -> list[Found]:
     from tasks.data.dicom import from_series
-    from tasks.data.discover import from_folders, from_manifest, site_folders
+    from tasks.data.discover import from_manifest
 
-    if manifest is not None:
+    def series_of(paths: list[Path], alone: Collection[Path]) -> list[Found]:
+        return from_series(root, paths, alone=alone, with_masks=False, released=released, workers=workers)
 
-        def series_of(paths: list[Path], alone: Collection[Path]) -> list[Found]:
-            return from_series(root, paths, alone=alone, with_masks=False, released=released, workers=workers)
+    return from_manifest(root, manifest, columns, label_map, series_of)
 
-        found = from_manifest(root, manifest, columns, label_map, series_of)
-    else:
-        with_masks = columns.label is not None
-        found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)
-        series = from_series(root, files, with_masks=with_masks, released=released, workers=workers)
-        if columns.attribute:
-            from tasks.data.attribute import with_class
 
-            series = with_class(series, columns.attribute)
-        found = site_folders(found + series)
-    return sorted(found, key=lambda f: f.source)
+def _by_folders(
+    root: Path, files: Sequence[Path], columns: Columns, released: Released | None, workers: int
+) -> list[Found]:
+    from tasks.data.dicom import from_series
+    from tasks.data.discover import from_folders
+
+    with_masks = columns.label is not None
+    found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)
+    series = from_series(root, files, with_masks=with_masks, released=released, workers=workers)
+    if columns.attribute:
+        from tasks.data.attribute import with_class
+
+        series = with_class(series, columns.attribute)
+    return found + series
 
 
 class _Job:
@@ -181,12 +213,13 @@ class _Job:
         self,
         root: Path,
         cache: Cache,
+        states: Mapping[Path, State],
         settings: Sequence[object],
         label_map: LabelMap,
         key: bytes,
         barred: frozenset[str],
     ) -> None:
-        self.root, self.cache, self.settings = root, cache, settings
+        self.root, self.cache, self.states, self.settings = root, cache, states, settings
         self.label_map, self.key, self.barred = label_map, key, barred
         self.journal, self.room = Journal(cache.folder), Room()
         self.before = {**cache.index.records, **self.journal.read()}
@@ -217,7 +250,8 @@ class _Job:
         if patient in self.barred:
             return Record("", None, Reason.BARRED, patient=patient), False
         given = [*self.settings, patient, case.site, case.split, case.fault and str(case.fault), case.cells]
-        stamp = _stamp(self.root, case.files, given)
+        files = (self.states.get(path) or _state(self.root, path) for path in case.files)
+        stamp = _stamp(files, given)
         known = self.before.get(case.source)
         if known is not None and known.stamp == stamp and self._holds(known):
             return replace(known, entry=known.entry or known.twin), False
@@ -270,17 +304,18 @@ def _unless_duplicate(source: str, record: Record, holder: dict[str, str]) -> Re
     return replace(record, entry=None, twin=entry, reason=Reason.DUPLICATE, detail=f"equals {first}")
 
 
-def _stamp(root: Path, files: Iterable[Path], facts: Sequence[object]) -> str:
-    """Digest of names, sizes and times of files, and of what else an outcome depends on."""
-    seen: list[tuple[str, int, int]] = []
-    for path in files:
-        name = path.relative_to(root).as_posix()
-        try:
-            state = path.stat()
-            seen.append((name, state.st_size, state.st_mtime_ns))
-        except OSError:  # gone since it was listed, or a dangling link: reading it says so
-            seen.append((name, -1, -1))
-    return hashlib.sha256(json.dumps([seen, facts], sort_keys=True).encode()).hexdigest()
+def _state(root: Path, path: Path) -> State:
+    name = path.relative_to(root).as_posix()
+    try:
+        state = path.stat()
+    except OSError:  # gone since it was listed, or a dangling link: reading it says so
+        return name, -1, -1
+    return name, state.st_size, state.st_mtime_ns
+
+
+def _stamp(files: Iterable[State], facts: Sequence[object]) -> str:
+    """Digest of files as they were, and of what else an outcome depends on."""
+    return hashlib.sha256(json.dumps([list(files), facts], sort_keys=True).encode()).hexdigest()
 
 
 def _report(records: Mapping[str, Record], read: int) -> Report:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from conf.exits import Exit, Stop
+from conf.exits import Exit, Stop, printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class Faulty(ValueError):
     """One case cannot be used. `detail` may quote the file: it stays at the site."""
 
     def __init__(self, reason: Reason, detail: str, unmapped: Sequence[str] = ()) -> None:
-        self.detail = printable(detail)
+        self.detail = printable(" ".join(detail.split()))
         super().__init__(f"{reason}: {self.detail}")
         self.reason = reason
         self.unmapped = tuple(unmapped)
@@ -137,11 +137,6 @@ class Naming:
 
 
 LabelMap = Names | Literal["nonzero"] | Naming | None
-
-
-def printable(text: str) -> str:
-    """A file's own words on one line, without what would command a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def folded(name: int | str) -> int | str:

@@ -190,6 +190,49 @@ def test_forgotten_while_a_run_begins(site: Places, monkeypatch: pytest.MonkeyPa
     assert sorted(begun.patients("train")) == sorted(named(site)[p] for p in "bc")
 
 
+def test_somebody_whom_only_a_run_still_names(site: Places) -> None:
+    Shelf(Cache(site.cache), lambda entries: {"train": entries}).of("one")
+    for path in (site.audit.parent / "data" / "image").glob("a*"):
+        path.unlink()
+    grow(site.audit.parent / "data", "")
+    take(site.audit.parent)
+    a = named(site)["a"]
+    assert left(site) == (["b", "c"], 4)
+    assert forget(site, a) == Exit.OK
+    assert left(site) == (["b", "c"], 2)
+    assert a not in (site.cache / "runs" / "one.json").read_text()
+
+
+def test_what_killed_processes_left_half_written_goes_too(site: Places) -> None:
+    Shelf(Cache(site.cache), lambda entries: {"train": entries}).of("one")
+    torn = [site.cache / ".index.json.1.2.part", site.cache / "runs" / ".one.json.1.2.part"]
+    torn.append(site.report.parent / f".{site.report.name}.html.1.2.part")
+    for path in torn:
+        path.write_text(named(site)["a"])
+    assert forget(site, named(site)["a"]) == Exit.OK
+    assert [path for path in torn if path.exists()] == []
+
+
+def test_a_report_does_not_bring_them_back(site: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = named(site)["a"]
+
+    def between(_: object) -> None:  # after the index, before the report
+        monkeypatch.undo()
+        assert forget(site, a) == Exit.OK
+
+    monkeypatch.setattr("client.commands.ingest._show", between)
+    grow(site.audit.parent / "data", "x")
+    take(site.audit.parent)
+    assert a not in site.report.with_suffix(".html").read_text()
+    lock = Cache(site.cache).changing()
+    monkeypatch.setattr("client.commands.ingest._show", lambda _: lock.__enter__())
+    site.report.with_suffix(".html").unlink()
+    grow(site.audit.parent / "data", "y")
+    take(site.audit.parent)
+    assert not site.report.with_suffix(".html").exists()
+    lock.__exit__(None, None, None)
+
+
 #: where a crash may strike: the calls that change something
 STEPS = (
     "client.audit.Audit.add",
@@ -257,6 +300,13 @@ def test_the_audit_command(site: Places, capsys: pytest.CaptureFixture[str]) -> 
     file = str(site.audit.with_name("site.yaml"))
     assert code(app, ["audit", "--site-file", file]) == Exit.OK
     assert "1 entries, unchanged; head " in capsys.readouterr().out
+    log = Audit(site.audit)
+    for _ in log.events():  # somebody reads, and the site goes on
+        log.add("request", stage="\x1b[2J")
+    assert code(app, ["audit", "--site-file", file]) == Exit.OK
+    assert "\x1b" not in (said := capsys.readouterr().out)
+    assert "stage=\ufffd[2J" in said
+    site.audit.write_bytes(site.audit.read_bytes().splitlines(keepends=True)[0])
     event = json.loads(site.audit.read_text())
     site.audit.write_text(json.dumps({**event, "site": "south"}))
     assert code(app, ["audit", "--site-file", file]) == Exit.AUDIT_BROKEN

@@ -1,5 +1,6 @@
 """What the engineer types in a site's folder, before anything is federated."""
 
+import os
 import re
 import stat
 from pathlib import Path
@@ -20,8 +21,8 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def pictures(root: Path, count: int = 3) -> None:
-    for i in range(count):
+def pictures(root: Path, count: int = 3, first: int = 0) -> None:
+    for i in range(first, first + count):
         for name, high in (("image", 256), ("label", 2)):
             values = np.random.default_rng(i).integers(0, high, (6, 5)).astype(np.uint8)
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -105,6 +106,22 @@ def test_ingest_in_the_sites_folder(
     assert all(mode(p) == (0o700 if p.is_dir() else mode(p)) for p in (home / "cache").rglob("*"))
     assert code(app, ["ingest"]) == Exit.OK
     assert "(0 read now)" in capsys.readouterr().out
+
+
+def test_folders_of_a_hospital_are_no_sites(home: Path) -> None:
+    for number, name in enumerate(("Müller, Änne", "Müller; Änne", "患者")):
+        pictures(home / "data" / name, 1, first=10 + number)
+    assert code(app, ["ingest", "--site-file", str(home / "site.yaml")]) == Exit.OK
+    assert [e.site for e in Cache(home / "cache").entries] == [None] * 6
+
+
+def test_names_that_no_terminal_should_see(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.zeros((6, 5), np.uint8)
+    Image.fromarray(values).save(home / "data" / "image" / os.fsdecode(b"\xff\x1b[31m[bold].png"))
+    assert code(app, ["ingest", "--site-file", str(home / "site.yaml")]) == Exit.PARTLY
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "image/\ufffd\ufffd[31m[bold].png" in said
 
 
 @pytest.mark.parametrize(

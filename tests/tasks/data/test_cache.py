@@ -49,6 +49,24 @@ def test_a_case_comes_back_as_it_was_put(tmp_path: Path) -> None:
     assert (loaded.patient, loaded.key) == (entry.patient, entry.digest[:16])
 
 
+def test_turned_arrays_are_kept_as_they_are_read(tmp_path: Path) -> None:
+    image = np.arange(24, dtype=np.float32).reshape(1, 4, 3, 2).transpose(0, 3, 2, 1)
+    mask = np.arange(24, dtype=np.uint8).reshape(4, 3, 2).T[:, ::-1]
+    keep(Cache(tmp_path), replace(raw(), image=image, mask=mask))
+    loaded = Cache(tmp_path).load(Cache(tmp_path).entries[0])
+    assert np.array_equal(loaded.images["image"], image)
+    assert np.array_equal(loaded.masks["mask"], mask)
+
+
+def test_every_folder_above_an_object_is_durable_before_it_is_named(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    with mock.patch("tasks.data.cache.sync_folder") as synced:
+        digest = cache.put(raw())
+        cache.put(raw())
+    objects = tmp_path / "objects"
+    assert [c.args[0] for c in synced.call_args_list] == [objects, objects / digest[:2]]
+
+
 def test_an_object_is_named_by_its_sha256_and_holds_one_metadata_key(tmp_path: Path) -> None:
     (entry,) = keep(Cache(tmp_path), raw())
     path = tmp_path / "objects" / entry.digest[:2] / f"{entry.digest}.safetensors"

@@ -188,7 +188,7 @@ def test_a_worker_knows_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_refusal_commands_no_terminal() -> None:
     fault = Faulty(Reason.LABEL, "segments \x1b]0;owned\x07 \u202e\n not mapped")
-    assert fault.detail == "segments ]0;owned not mapped"
+    assert fault.detail == "segments \ufffd]0;owned\ufffd \ufffd not mapped"
     line = {"path": "a\x1b[2J.dcm", "outcome": "unreadable", "shape": None, "reason": str(fault)}
     assert str(fault).isprintable()
     assert in_words(line).isprintable()
