@@ -14,9 +14,7 @@ from tasks.data.guard import Answer, shared
 from tasks.data.source import Faulty, LabelMap, Naming, Raw, Reason
 
 _PACKED = 40  # bytes that a byte of a gzipped volume may become, its copies and scaling included
-_PICTURE = (
-    512 << 20
-)  # a packed picture says little of what it becomes; this is 60 megapixels and their copies
+_PICTURE = 512 << 20  # a packed picture does not say what it becomes: 60 megapixels and their copies
 
 
 def read_aside(kind: str, image: Path, mask: Path | None, pages: str, label_map: LabelMap) -> Raw:

@@ -88,7 +88,7 @@ def _say(line: socket.socket, state: str, facts: dict[str, Any], array: Array | 
     message: dict[str, Any] = {"state": state, "facts": facts, "dtype": None}
     data = memoryview(b"")
     if array is not None:
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))  # a name says no order
         message |= {"dtype": array.dtype.name, "shape": array.shape}
         data = memoryview(array.reshape(-1).data).cast("B") if array.size else data
     text = json.dumps(message).encode("ascii")

@@ -1,3 +1,5 @@
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,16 +98,32 @@ def test_files_of_another_kind_have_one_reason(tmp_path: Path) -> None:
     assert "no array train_images" in str(faults[0])
 
 
-def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
-    import io
-    import zipfile
-
+@pytest.mark.parametrize("shape", [(1 << 31, 28), (1 << 33, 1 << 31)])  # the second is 0 modulo 2^64
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path, shape: tuple[int, ...]) -> None:
     head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head, {"descr": "|u1", "fortran_order": False, "shape": (1 << 31, 28)}
-    )
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("train_images.npy", head.getvalue())
     fault = from_arrays(tmp_path, tmp_path / "a.npz")[0].fault
     assert fault is not None
     assert "more than 1 GiB unpacked" in fault.detail
+
+
+@pytest.mark.parametrize("kind", [">u2", "<i2", "<f2", ">f4", "?"])
+def test_values_come_through_the_worker_as_they_are(tmp_path: Path, kind: str) -> None:
+    images = DRAW.integers(0, 2 if kind == "?" else 300, (2, 4, 5)).astype(kind)
+    np.savez(tmp_path / "a.npz", train_images=images)
+    raw = read_entry(tmp_path / "a.npz", "train", 1, None)
+    assert raw.image is not None
+    assert np.array_equal(raw.image[0].astype(np.float64), images[1].astype(np.float64))
+
+
+def test_this_process_unpacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = write(tmp_path / "a.npz", (8, 8))
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    monkeypatch.setattr(np, "load", None)
+    (*_, last) = from_arrays(tmp_path, tmp_path / "a.npz")
+    assert last.read is not None
+    image = last.read(None).image
+    assert image is not None
+    assert np.array_equal(image[0], arrays["test_images"][0])
