@@ -21,6 +21,7 @@ from tasks.data.discover import kind
 from tasks.data.drawn import SOP_CLASSES, guarded_masks
 from tasks.data.guard import Guard, shared
 from tasks.data.header import Header, begins_dicom, read_header
+from tasks.data.labels import Drawn
 from tasks.data.nifti import spacing_of
 from tasks.data.pixels import frames
 from tasks.data.released import REMEDY, Released
@@ -127,12 +128,11 @@ def read_volume(
     spacing = spacing_of(ras)
     header = volume.images[0].header
     _check_room({i.path for i in volume.images}, 2 * math.prod(volume.shape) * header.samples, _TIMES)
-    drawn = guarded_masks(masks, volume.grid, label_map, guard) if masks else None
-    mask = None if drawn is None else np.ascontiguousarray(volume.turned(drawn.mask))
+    drawn = _drawn(volume, masks, label_map, guard) if masks else None
     image = _filled(volume, guard)
     return Raw(
         image,
-        mask,
+        None if drawn is None else drawn.mask,
         ras,
         spacing,
         header.groups,
@@ -176,6 +176,12 @@ def _check_room(paths: Collection[Path], size: int, times: int) -> None:
     if size > _UNPACKED + times * files:
         what = f"{size >> 20} MiB of image in files of {files >> 20} MiB"
         raise Faulty(Reason.LIMIT, f"{first.name}: {what}")
+
+
+def _drawn(volume: Volume, masks: Sequence[Path], label_map: LabelMap, guard: Guard) -> Drawn:
+    """The mask in RAS+ order. As it was drawn it is as large again: it goes before the image comes."""
+    drawn = guarded_masks(masks, volume.grid, label_map, guard)
+    return replace(drawn, mask=np.ascontiguousarray(volume.turned(drawn.mask)))
 
 
 def _filled(volume: Volume, guard: Guard) -> Array:

@@ -62,14 +62,14 @@ def guarded_masks(paths: Sequence[Path], grid: Grid, label_map: LabelMap, guard:
         grid={**asdict(grid), "affine": grid.affine.tolist()},
         names=Naming.of(label_map).to_json(),
     )
-    if mask is None or mask.dtype != np.uint8 or mask.shape != grid.shape:
+    if mask is None or mask.dtype != np.uint8 or mask.shape != grid.shape[::-1]:
         raise Faulty(Reason.UNREADABLE, f"{first.name}: its parser gave a mask of another form")
-    return Drawn(mask, tuple(map(str, said["unmapped"])), tuple(map(str, said["notes"])))
+    return Drawn(mask.T, tuple(map(str, said["unmapped"])), tuple(map(str, said["notes"])))
 
 
 def _drawn(path: Path, others: list[str], grid: dict[str, Any], names: dict[str, Any]) -> Iterator[Answer]:
-    """Job: the mask, with what was unmapped and noted."""
+    """Job: the mask (slice, row, column: as it lies in memory), with what was unmapped and noted."""
     where = Grid(np.array(grid["affine"]), tuple(grid["shape"]), grid["frame"])
     naming = Naming.from_json(names)
     drawn = read_masks([path, *map(Path, others)], where, naming)
-    yield {"unmapped": drawn.unmapped, "notes": drawn.notes}, drawn.mask
+    yield {"unmapped": drawn.unmapped, "notes": drawn.notes}, drawn.mask.T

@@ -28,11 +28,6 @@ def check_label_map(label_map: LabelMap) -> None:
         raise Stop(Exit.CONFIG, f"data.label_map has classes {wrong}; accepted are 0 to 255")
 
 
-def classes(values: Array, label_map: LabelMap) -> Array:
-    """`mapped` without the list."""
-    return mapped(values, label_map)[0]
-
-
 def mapped(values: Array, label_map: LabelMap) -> tuple[Array, tuple[str, ...]]:
     """Classes (uint8, same shape) of a mask's file values, and the values left out as class 0.
 

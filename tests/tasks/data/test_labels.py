@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 
 from conf.exits import Exit, Stop
 from conf.schema import Label, Labels
-from tasks.data.labels import check_label_map, class_number, classes, mapped
+from tasks.data.labels import check_label_map, class_number, mapped
 from tasks.data.naming import naming
 from tasks.data.source import Faulty, LabelMap, Naming, Reason
 
@@ -22,7 +22,7 @@ from tasks.data.source import Faulty, LabelMap, Naming, Reason
 )
 def test_each_voxel_is_looked_up(drawn: tuple[dict[int, int], np.ndarray], dtype: type) -> None:
     known, values = drawn
-    out = classes(values.astype(dtype), known)
+    out = mapped(values.astype(dtype), known)[0]
     assert out.dtype == np.uint8
     assert out.tolist() == [[known[v] for v in row] for row in values.tolist()]
 
@@ -30,18 +30,18 @@ def test_each_voxel_is_looked_up(drawn: tuple[dict[int, int], np.ndarray], dtype
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
 def test_every_kind_of_number_gives_the_same(dtype: type) -> None:
     values = np.array([[0, 7], [200, 7]])
-    assert classes(values.astype(dtype), {0: 3, 7: 0, 200: 1, 9: 9}).tolist() == [[3, 0], [1, 0]]
+    assert mapped(values.astype(dtype), {0: 3, 7: 0, 200: 1, 9: 9})[0].tolist() == [[3, 0], [1, 0]]
     with pytest.raises(Faulty, match="mask has 7; accepted 0, 200"):
-        classes(values.astype(dtype), {0: 0, 200: 1})
+        mapped(values.astype(dtype), {0: 0, 200: 1})
 
 
 def test_without_a_map_values_are_classes() -> None:
     values = np.arange(256).reshape(16, 16)
-    assert np.array_equal(classes(values, None), values)
+    assert np.array_equal(mapped(values, None)[0], values)
 
 
 def test_nonzero_takes_instance_numbers() -> None:
-    assert classes(np.array([0, 1, -1, 70_000]), "nonzero").tolist() == [0, 1, 1, 1]
+    assert mapped(np.array([0, 1, -1, 70_000]), "nonzero")[0].tolist() == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_nonzero_takes_instance_numbers() -> None:
 )
 def test_a_value_outside_the_map_is_named(values: list[float], known: LabelMap, message: str) -> None:
     with pytest.raises(Faulty, match=message) as caught:
-        classes(np.array(values), known)
+        mapped(np.array(values), known)
     assert caught.value.reason is Reason.LABEL
 
 
