@@ -21,6 +21,9 @@ LIMIT = 4 << 30
 #: largest distance, in voxels, between a grid's corners by two headers that rounding of their fields explains
 CORNER_TOLERANCE = 0.05
 
+#: the low bits of xyzt_units (NIfTI-1): what they call a unit, and mm in it; 2, and what is not said, is mm
+_UNITS = {1: ("metre", 1000.0), 3: ("micrometre", 0.001)}
+
 
 def read_pair(image: Path, mask: Path | None, label_map: LabelMap) -> Raw:
     """An image (3D, or 4D with channels last) with its mask (3D), both as closest RAS+.
@@ -64,9 +67,11 @@ def spacing_of(affine: Array) -> tuple[float, ...]:
     Raises:
         Faulty: the affine is singular or not finite.
     """
-    if not np.isfinite(affine).all() or abs(float(np.linalg.det(affine[:3, :3]))) < 1e-9:
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    # beside the box of its edges: a micrometre is small, and no fault
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * sizes.prod():
         raise Faulty(Reason.GEOMETRY, "the image's affine is singular")
-    return tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
+    return tuple(float(s) for s in sizes)
 
 
 def same_grid(affine: Array, other: Array, grid: tuple[int, ...]) -> None:
@@ -113,7 +118,13 @@ def _read(path: Path) -> tuple[Array, Array, tuple[str, ...]]:
         values = np.asanyarray(image.dataobj)
         if values.dtype.kind not in "biuf":
             raise Faulty(Reason.SHAPE, f"{path.name} holds {values.dtype}; plain numbers are read")
-        return values, np.asarray(image.affine, dtype=np.float64), notes
+        affine = np.asarray(image.affine, dtype=np.float64)
+        code = int(loaded.header["xyzt_units"]) % 8  # type: ignore[index]
+        if code in _UNITS:
+            unit, mm = _UNITS[code]
+            affine = np.diag([mm, mm, mm, 1.0]) @ affine
+            notes = (*notes, f"the header's unit is the {unit}: turned to mm")
+        return values, affine, notes
 
 
 def _check_size(image: Any, path: Path) -> None:

@@ -243,3 +243,18 @@ def test_a_header_that_promises_too_much_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Faulty, match="more than 4 GiB unpacked") as caught:
         read_pair(path, None, None)
     assert caught.value.reason is Reason.LIMIT
+
+
+@pytest.mark.parametrize(
+    ("unit", "mm"), [("meter", 1000.0), ("micron", 0.001), ("mm", 1.0), ("unknown", 1.0)]
+)
+def test_spacing_is_in_mm_whatever_the_headers_unit(tmp_path: Path, unit: str, mm: float) -> None:
+    affine = np.diag([0.7, 0.8, 5.0, 1.0])
+    affine[:3, 3] = 10, 20, 30
+    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), affine)  # type: ignore[no-untyped-call]
+    image.header.set_xyzt_units(unit)  # type: ignore[no-untyped-call]
+    nib.save(image, tmp_path / "a.nii")
+    raw = read_pair(tmp_path / "a.nii", None, None)
+    assert raw.spacing == pytest.approx((0.7 * mm, 0.8 * mm, 5.0 * mm))
+    assert raw.affine[:3, 3] == pytest.approx([10 * mm, 20 * mm, 30 * mm])
+    assert bool(raw.notes) == (mm != 1)
