@@ -23,15 +23,31 @@ def write_atomic(path: Path, content: bytes, mode: int | None = None) -> None:
     Args:
         mode: who may read it, from its first moment on; None: as the umask says.
     """
+    with _written(path, content, mode) as temporary:
+        temporary.replace(path)
+
+
+def write_new(path: Path, content: bytes, mode: int | None = None) -> None:
+    """`write_atomic` for a file that must not be there yet.
+
+    Raises:
+        FileExistsError: it is; nothing was changed.
+    """
+    with _written(path, content, mode) as temporary:
+        os.link(temporary, path)  # fails where rename would overwrite
+
+
+@contextmanager
+def _written(path: Path, content: bytes, mode: int | None) -> Iterator[Path]:
+    """The content on disk under another name; whatever was made of it is durable at the end."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident():x}.part")
     try:
         if mode is not None:
             os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, mode))
         write_synced(temporary, content)
-        temporary.replace(path)
-    except BaseException:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
 
 

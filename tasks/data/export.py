@@ -5,7 +5,6 @@ Names in the output are made of the site's own pseudonyms, for the names of fold
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,7 +15,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from conf.exits import Exit, Stop
-from conf.files import no_space, write_synced
+from conf.files import no_space, write_new
 from tasks.data.deident import Pseudonyms, deidentify, identity
 from tasks.data.guard import shared
 from tasks.data.header import opened, whole
@@ -204,13 +203,9 @@ def _write_new(target: Path, blob: bytes) -> None:
         Faulty: (`EXISTS`) it is there.
     """
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        write_synced(temporary, blob)
-        os.link(temporary, target)  # fails where rename would overwrite
+        write_new(target, blob)
     except FileExistsError:
         raise Faulty(
             Reason.EXISTS, f"{target.name} was written before, or the instance stands here twice"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

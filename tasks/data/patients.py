@@ -7,11 +7,12 @@ import hmac
 import json
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.exits import Exit, Stop
-from conf.files import no_space, sync_folder, write_atomic
+from conf.files import no_space, write_atomic, write_new
 
 _KEY = 32  # bytes
 
@@ -23,19 +24,14 @@ def patient_key(path: Path) -> bytes:
         Stop: (`CONFIG`) the file is shorter than 32 bytes.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) < _KEY:
-            raise Stop(Exit.CONFIG, f"key file {path} has {len(key)} bytes; need {_KEY}") from None
-        return key
-    with os.fdopen(handle, "wb") as file:
-        key = os.urandom(_KEY)
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
+    with suppress(FileExistsError):
+        if not path.exists():
+            write_new(path, os.urandom(_KEY), mode=0o600)
+    key = path.read_bytes()
+    if len(key) < _KEY:
+        raise Stop(
+            Exit.CONFIG, f"key file {path} has {len(key)} bytes; need {_KEY}: restore it from a backup"
+        )
     return key
 
 
