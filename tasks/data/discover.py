@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -192,10 +193,10 @@ def _volumes(
     """What DICOM holds under each image cell that names a folder, or a file of no other kind."""
     files: dict[str, list[Path]] = {}
     for cell in {row[columns.image] for row in rows} if columns.image else ():
-        path = root / cell
-        if cell and kind(path) is None and path.resolve().is_relative_to(root.resolve()):
-            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            files[cell] = [p for p in inside if p.is_file()]
+        with suppress(Faulty, OSError):  # its own row says so
+            if (path := _inside(root, cell)) and kind(path) is None:
+                inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+                files[cell] = [p for p in inside if p.is_file()]
     alone = {paths[0] for cell, paths in files.items() if paths == [root / cell]}
     found = series(sorted({p for paths in files.values() for p in paths}), alone) if files else []
     owner = {path: f for f in found for path in f.files}
@@ -224,12 +225,21 @@ def _with_cells(read: Callable[[LabelMap], Raw], cells: tables.Cells, label_map:
 
 def _below(root: Path, name: str) -> Path | None:
     """The file `name` below the root, or None where there is none."""
-    if not name:
+    path = _inside(root, name)
+    return path if path is not None and path.is_file() else None
+
+
+def _inside(root: Path, name: str) -> Path | None:
+    """What `name` is below the root, or None where nothing is."""
+    if not name or "\0" in name:
         return None
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise Faulty(Reason.UNREADABLE, f"{name} leaves the data root")
-    return path if path.is_file() else None
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise Faulty(Reason.UNREADABLE, f"{name} leaves the data root")
+        return path if path.exists() else None
+    except OSError as error:  # no right to look, or a text longer than names can be
+        raise Faulty(Reason.UNREADABLE, f"{name[:80]}: {error.strerror}") from None
 
 
 def _paired(root: Path, pictures: list[Path], masks: list[Path], pages: str) -> list[Found]:

@@ -54,9 +54,16 @@ def read_rows(path: Path) -> list[Row]:
             first = file.readline()
             file.seek(0)
             delimiter = next((d for d in ",;\t" if d in first), ",")
-            rows = list(csv.DictReader(file, delimiter=delimiter, restkey="", restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(file, delimiter=delimiter, restkey="", restval="")
+            rows, header = list(reader), [name.strip() for name in reader.fieldnames or ()]
+    except UnicodeDecodeError as error:
+        raise Stop(
+            Exit.CONFIG, f"data.manifest {path} is not UTF-8 ({error.reason}); save it as such"
+        ) from None
+    except (OSError, csv.Error) as error:
         raise Stop(Exit.CONFIG, f"data.manifest {path} cannot be read: {error}") from None
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise Stop(Exit.CONFIG, f"data.manifest {path} has two columns {listed(twice)}; rename one")
     if not rows:
         raise Stop(Exit.NO_CASES, f"data.manifest {path} has no rows")
     return [{k.strip(): v.strip() for k, v in row.items() if k and isinstance(v, str)} for row in rows]

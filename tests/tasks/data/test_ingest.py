@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,10 +16,11 @@ from PIL import Image
 
 from conf.exits import Exit, Stop
 from conf.schema import Columns
+from tasks.data import ingest as ingest_module
 from tasks.data.cache import Cache
 from tasks.data.ingest import NothingKept, Refused, Report, ingest
 from tasks.data.patients import patient_key
-from tasks.data.source import Reason
+from tasks.data.source import Found, Reason
 from tasks.data.splits import split
 
 Run = Callable[..., tuple[Report, Cache]]
@@ -200,6 +202,14 @@ def test_a_manifest_says_what_belongs_together(tmp_path: Path, run: Run) -> None
         ("image,mask\na,b\n", Columns(), Exit.CONFIG, "no column label; it has image, mask"),
         ("image,label\na,b\n", Columns(site="site"), Exit.CONFIG, "no column site"),
         ("image,label\na,b.png\n", Columns(), Exit.NO_CASES, "no usable case below .*: 1 unreadable"),
+        (
+            f"image,label\n{'a' * 300},\n\0,\n",
+            Columns(),
+            Exit.NO_CASES,
+            "no usable case below .*: 2 unreadable",
+        ),
+        ("image,label, image\na,b,c\n", Columns(), Exit.CONFIG, "has two columns image; rename one"),
+        ("image,label\n\udce4,\n", Columns(), Exit.CONFIG, r"manifest\.csv is not UTF-8"),
     ],
 )
 def test_a_useless_manifest_stops(
@@ -207,7 +217,7 @@ def test_a_useless_manifest_stops(
 ) -> None:
     (tmp_path / "data").mkdir()
     if text is not None:
-        (tmp_path / "data" / "manifest.csv").write_text(text)
+        (tmp_path / "data" / "manifest.csv").write_text(text, errors="surrogateescape")
     with pytest.raises(Stop, match=message) as caught:
         run(tmp_path / "data", "manifest.csv", columns)
     assert caught.value.exit is exit
@@ -406,6 +416,51 @@ def test_refused_cases_are_told_apart(tmp_path: Path, run: Run) -> None:
     root = pairs(tmp_path / "data", 1)
     drawing(root / "label" / "lost.png")
     assert run(root)[0].refused == (Refused("label/lost.png", Reason.NO_IMAGE, "no image of that name"),)
+
+
+def test_a_folder_that_is_not_looked_into_is_said(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = pairs(tmp_path / "data", 2)
+    pairs(root / "locked", 1, first=5)
+    pairs(tmp_path / "elsewhere", 1, first=9)
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    assert run(root)[0].kept == 3
+    true = os.scandir
+
+    def denied(path: str | Path) -> object:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return true(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    report, _ = run(root)
+    monkeypatch.undo()
+    assert (report.kept, reasons(report)) == (2, dict.fromkeys(("linked", "locked"), Reason.UNREADABLE))
+    assert {r.source: r.detail.split(";")[0] for r in report.refused} == {
+        "linked": "a link to a folder is not followed",
+        "locked": "folder: Permission denied",
+    }
+    assert run(root)[0].kept == 3
+
+
+def test_what_changes_after_it_was_listed_is_read_again(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = pairs(tmp_path / "data")
+    true = ingest_module._by_folders
+
+    def late(*given: Any) -> list[Found]:
+        found = true(*given)
+        picture(root / "image" / "0.png", 77, (4, 5))
+        os.utime(root / "image" / "0.png", ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(ingest_module, "_by_folders", late)
+    run(root)
+    monkeypatch.undo()
+    assert run(root)[0].read == 1
+    assert run(root)[0].read == 0
 
 
 def test_known_files_are_not_opened_again(tmp_path: Path, run: Run) -> None:
