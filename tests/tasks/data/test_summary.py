@@ -101,8 +101,8 @@ def test_nothing_at_all(tmp_path: Path) -> None:
 def test_values_that_are_not_listed_are_counted() -> None:
     fact = {"units": "", "spacing": [1.0, 1.0]}
     records = {
-        f"f{i}": Record("s", entry(f"f{i}", "p"), facts={**fact, "labels": {"dose": 1e6 + i}})
+        f"f{i}": Record("s", entry(f"f{i}", "p"), facts={**fact, "labels": {"dose": 1e8 + i}})
         for i in range(IDS + 5)
     }
     (counts,) = summarise(records, 0).labels.values()
-    assert counts == {"1e+06": IDS, "others": 5}
+    assert counts == {"1e+08": IDS, "others": 5}
