@@ -1,6 +1,6 @@
 """One table of every measured figure and the limit it is held against: `make bench`.
 
-    python -m bench [fold] [commands] [ingest] [scaling] [engine] [deployed] [dp] [gpu]
+    python -m bench [fold] [commands] [ingest] [ledger] [scaling] [engine] [deployed] [dp] [gpu]
 
 Without names all of them, which takes about an hour. Each part is a script of its own that prints rows as it
 goes; the table comes last. Leaves with 1 where a limit is not met or a part failed.
@@ -26,6 +26,7 @@ PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fold": (("fold.py",),),
     "commands": (("commands.py",),),
     "ingest": (("ingest.py",),),
+    "ledger": (("ledger.py",),),
     "scaling": (("scaling.py", *FLAT), ("scaling.py", *FLAT, "--rounds", "200", "--sites", "10")),
     "engine": (("peers.py", "--harness", str(PEERS)),),
     "deployed": (("-m", "bench.deployed"),),

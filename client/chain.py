@@ -61,13 +61,20 @@ class Chain:
         """
         with no_space(self.path, "repeat"):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._locked() as file:
+                yield Grip(self, file)
+
+    def _locked(self) -> BinaryIO:
+        while True:
             new = not self.path.exists()
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            with os.fdopen(handle, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # while this one waited, the log may have been replaced: what is written to the old one is lost
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 if new:
                     sync_folder(self.path.parent)
-                yield Grip(self, file)
+                return file
+            file.close()
 
     def verify(self) -> Head:
         """Check every line.
@@ -92,11 +99,27 @@ class Chain:
     def noted(self) -> Head:
         """The end as the head's file knows it."""
         try:
-            return Head(**json.loads(self.head_path.read_bytes()))
+            head = Head(**json.loads(self.head_path.read_bytes()))
+            if min(int(head.lines), int(head.size)) < 0 or len(bytes.fromhex(head.digest)) != 32:
+                raise ValueError(head)
+            return head
         except FileNotFoundError:
             return Head()
         except (ValueError, TypeError) as error:
             raise self.changed(f"{self.head_path.name} is unreadable ({type(error).__name__})") from None
+
+    def replace(self, content: bytes, head: Head) -> None:
+        """Put other lines, which end in `head`, in the place of what is there. The caller holds `aside`."""
+        write_atomic(self.path, content, mode=0o600)
+        write_atomic(self.head_path, json.dumps(head.__dict__).encode(), mode=0o600)
+
+    @contextmanager
+    def aside(self) -> Iterator[bytes]:
+        """What the log's file holds, damaged or not, while nobody else can add to it."""
+        with no_space(self.path, "repeat"):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._locked() as file:
+                yield file.read()
 
     def changed(self, why: str) -> Stop:
         """The error for a log that somebody changed."""
@@ -116,7 +139,7 @@ class Grip:
         Returns:
             The new head: noted elsewhere, it proves that nothing before it was changed.
         """
-        line = _line({"n": self.head.lines + 1, "time": _now(), **facts, "before": self.head.digest})
+        line = line_of({"n": self.head.lines + 1, "time": _now(), **facts, "before": self.head.digest})
         self._file.seek(self.head.size)
         self._file.write(line)
         self._file.flush()
@@ -131,8 +154,7 @@ class Grip:
             head = _after(head, line)
             yield record, head
         if head != self.head:
-            said = f"{self._chain.head_path.name} says {self.head.lines}"
-            raise self._chain.changed(f"it ends at line {head.lines}, {said}")
+            raise self._chain.changed(f"its last line is not the one that {self._chain.head_path.name} knows")
 
     def _mend(self) -> Head:
         """The end of the log, after a crash set right."""
@@ -159,22 +181,41 @@ class Grip:
         return head
 
     def _checked(self, line: bytes, head: Head) -> Record:
-        try:
-            record: Record = json.loads(line)
-            right = record["n"] == head.lines + 1 and record["before"] == head.digest
-            right = right and line == _line(record)
-        except (ValueError, KeyError, TypeError):
-            right = False
-        if not right:
-            raise self._chain.changed(f"line {head.lines + 1} is not what was written there")
+        if (record := _parsed(line, head)) is None:
+            raise self._chain.changed(
+                f"line {head.lines + 1} or the one before it is not what was written there"
+            )
         return record
+
+
+def intact(content: bytes) -> list[tuple[Record, Head]]:
+    """The records of a log up to its first damage, each with the end that it made."""
+    found: list[tuple[Record, Head]] = []
+    head = Head()
+    for line in content.splitlines(keepends=True):
+        if (record := _parsed(line, head)) is None:
+            break
+        head = _after(head, line)
+        found.append((record, head))
+    return found
+
+
+def _parsed(line: bytes, head: Head) -> Record | None:
+    """The record of a line that follows `head`; None if this is not such a line."""
+    try:
+        record: Record = json.loads(line)
+        right = record["n"] == head.lines + 1 and record["before"] == head.digest and line == line_of(record)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record if right else None
 
 
 def _after(head: Head, line: bytes) -> Head:
     return Head(head.lines + 1, hashlib.sha256(line).hexdigest(), head.size + len(line))
 
 
-def _line(record: Record) -> bytes:
+def line_of(record: Record) -> bytes:
+    """The line that holds a record."""
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 

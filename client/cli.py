@@ -12,6 +12,7 @@ from client.commands.export_deid import export_deid
 from client.commands.forget import forget
 from client.commands.ingest import ingest
 from client.commands.init import init
+from client.commands.ledger import ledger
 from client.commands.preview import preview
 from client.commands.release import release
 from conf.console import exit_codes, leave
@@ -40,6 +41,7 @@ app.command()(ingest)
 app.command()(doctor)
 app.command()(forget)
 app.command()(audit)
+app.add_typer(ledger, name="ledger")
 app.command()(release)
 app.command()(preview)
 app.command("export-deid")(export_deid)

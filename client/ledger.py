@@ -4,8 +4,9 @@ Append-only and hash-chained (`client/chain.py`). A release is reserved, durably
 it is made; then it is settled. A crash between leaves it reserved, and reserved counts as spent. Lines hold
 (mechanism, σ, q, steps, unit), never ε: that is computed over all of them together.
 
-The head (32 bytes) goes to the coordinator with every reply, and comes back as the *anchor*. A ledger that
-was deleted or rolled back does not hold the anchor, and is not used before `wardround-site ledger restore`.
+The head (32 bytes) proves every line before it. Kept elsewhere, by the coordinator or the engineer, it is an
+*anchor*: a ledger that was rolled back together with its own head does not hold it, and `check` refuses it
+until `wardround-site ledger restore` has brought it forward.
 
 Nothing here brings torch, but for PRV where the fast bound is not enough.
 """
@@ -22,9 +23,14 @@ from client.chain import Chain, Grip, Head, Record
 from conf.exits import Exit, Stop
 from strategies.privacy.accountant import Entry, Vector, curve, nothing, prv, rdp_epsilon
 
-_REMEDY = "nothing is trained before: wardround-site ledger restore BACKUP --anchor HEAD"
+_REMEDY = "nothing private is trained before: wardround-site ledger restore BACKUP --anchor HEAD"
 #: every release of one kind, by (σ, q): steps
 Spent = dict[tuple[float, float], int]
+
+
+def chain(path: Path) -> Chain:
+    """The ledger's file."""
+    return Chain(path, "privacy ledger", Exit.LEDGER_BROKEN, _REMEDY)
 
 
 @dataclass
@@ -71,6 +77,12 @@ class Line:
     purpose: str
     entry: Entry
 
+    @classmethod
+    def of(cls, record: Record) -> Line:
+        """Raises KeyError, TypeError, ValueError: `record` reserves nothing."""
+        entry = Entry(**{name: record[name] for name in ("sigma", "q", "steps", "mechanism", "unit")})
+        return cls(record["n"], record["time"], record["run"], record["population"], record["purpose"], entry)
+
 
 @dataclass(frozen=True)
 class Reservation:
@@ -96,7 +108,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, budgets: Mapping[str, Budget] | None) -> None:
-        self._chain = Chain(path, "privacy ledger", Exit.LEDGER_BROKEN, _REMEDY)
+        self._chain = chain(path)
         self._budgets = budgets
         self._lock = RLock()
         self._head = Head()
@@ -107,7 +119,7 @@ class Ledger:
 
     @property
     def head(self) -> bytes:
-        """32 bytes that prove every line so far: what the coordinator keeps as the anchor.
+        """32 bytes that prove every line so far: the anchor to be kept elsewhere.
 
         Raises:
             Stop: (`LEDGER_BROKEN`).
@@ -126,8 +138,7 @@ class Ledger:
             self._read(grip)
         if anchor.hex() not in self._digests:
             raise self._chain.changed(
-                f"it has {self._head.lines} lines, and never ended with {anchor.hex()[:16]}, as the"
-                " coordinator knows it"
+                f"it has {self._head.lines} lines, and never ended with the anchor {anchor.hex()}"
             )
 
     def reserve(
@@ -184,12 +195,16 @@ class Ledger:
             self._read(grip)
             return list(self._lines), set(self._open)
 
-    def declare(self, lost: Iterable[Entry], anchor: bytes, population: str) -> None:
-        """After lines were lost: charge what they held, and take the anchor as known."""
+    def bring_forward(self, missing: Iterable[tuple[Entry, str, str, str]], anchor: bytes) -> None:
+        """Charge releases that the ledger has lost, and take the anchor as known: what a restore ends with.
+
+        Args:
+            missing: (entry, run, population, purpose) of each.
+        """
         with self._lock, self._chain.open() as grip:
             self._read(grip)
-            for entry in lost:
-                self._write(grip, entry, "lost", population, "training")
+            for entry, run, population, purpose in missing:
+                self._write(grip, entry, run, population, purpose)
             grip.add(kind="restore", anchor=anchor.hex())
             self._read(grip)
 
@@ -239,11 +254,9 @@ class Ledger:
     def _take(self, record: Record) -> None:
         kind, n = record["kind"], record["n"]
         if kind == "reserve":
-            names = ("sigma", "q", "steps", "mechanism", "unit")
-            entry = Entry(**{name: record[name] for name in names})
-            line = Line(n, record["time"], record["run"], record["population"], record["purpose"], entry)
+            line = Line.of(record)
             for part in ("", line.purpose):
-                self._account(line.population, part).add(entry)
+                self._account(line.population, part).add(line.entry)
             self._lines.append(line)
             self._open.add(n)
         elif kind == "settle":

@@ -30,12 +30,17 @@ cache: cache          # cases in pseudonymous form, made by: wardround-site inge
 state: state          # plans, replies, incidents, ingest reports
 key: state/patient.key  # names patients. Back it up: without it the same patient gets another name
 audit: audit.jsonl    # every request, decision and release; check it with: wardround-site audit
+ledger: ledger.jsonl  # what was released about the patients: wardround-site ledger. Back it up after runs
 
 # policy:             # what the coordinator may ask for
 #   tasks: [segmentation]             # default: every installed one
 #   statistics: exact                 # or none: scores stay home
 #   minimum_cell: 10                  # fewest patients behind any number that leaves
 #   privacy: optional                 # or required: no plan without differential privacy
+
+# privacy:            # limits over all runs together, by population of patients; these are the defaults
+#   patients: {{epsilon: 8, delta: 1.0e-5, min_sigma: 0.3, max_q: 1, purposes: {{}}}}
+#   # purposes: {{statistics: 1}}       # less for what serves one: training, statistics, metrics, calibration
 
 # pacs:               # the archive that wardround-site ingest --pacs pulls from
 #   source: https://pacs.example/dicom-web   # or TITLE@host:port

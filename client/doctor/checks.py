@@ -26,6 +26,7 @@ CHECKS: Mapping[str, Check] = {
     "labels": stores.labels,
     "cache": stores.cache,
     "audit": stores.audit,
+    "ledger": stores.ledger,
     "permissions": stores.permissions,
 }
 

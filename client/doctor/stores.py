@@ -105,9 +105,22 @@ def audit(site: SiteFile) -> Finding:
     return ok(f"{head.lines} entries, unchanged")
 
 
+def ledger(site: SiteFile) -> Finding:
+    """The privacy account, line by line."""
+    from client.ledger import Ledger
+
+    if not site.ledger.exists() and not site.ledger.with_suffix(".head").exists():
+        return ok("nothing was released under a privacy budget yet")
+    try:
+        lines, waiting = Ledger(site.ledger, site.privacy).lines()
+    except Stop as stop:
+        return problem(str(stop), "stop the trainer, restore the ledger, and find out who changed it")
+    return ok(f"{len(lines)} releases, unchanged, {len(waiting)} of them never settled")
+
+
 def permissions(site: SiteFile) -> Finding:
     """Whatever names patients or holds a secret is for its owner only."""
-    private = [site.key, site.state, site.cache, site.audit, site.state / "ledger", site.socket.parent]
+    private = [site.key, site.state, site.cache, site.audit, site.ledger, site.socket.parent]
     if site.coordinator is not None and site.coordinator.key is not None:
         private.append(site.coordinator.key)
     if site.pacs is not None:

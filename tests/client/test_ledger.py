@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from client.budget import Budget
 from client.ledger import Ledger
 from conf.exits import Exit, Stop
-from strategies.privacy.accountant import Entry, prv, rdp
+from strategies.privacy.accountant import Entry, merged, prv, rdp
 
 ROUND = Entry(1.0, 0.02, 10)
 
@@ -63,6 +64,20 @@ def test_the_limit_is_prv_and_is_never_passed(ram: Path) -> None:
     assert rdp(spent, 1e-5) > 2
     # a smaller release still fits
     book.reserve(Entry(50.0, 0.02, 1), run="a", purpose="statistics")
+
+
+def test_a_run_is_priced_once(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(entries: Iterable[Entry], delta: float) -> float:
+        asked.append(merged(entries))
+        return prv(asked[-1], delta)
+
+    monkeypatch.setattr("client.ledger.prv", counted)
+    book = ledger(ram, epsilon=2.0)
+    for done in range(0, 230, 10):
+        book.reserve(ROUND, run="a", whole=230 - done)
+    assert asked == [(Entry(1.0, 0.02, 230),)]
 
 
 def test_purposes_and_populations_have_their_own_limits(ram: Path) -> None:

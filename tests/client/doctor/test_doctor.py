@@ -33,10 +33,12 @@ from PIL import Image
 from client.cli import app
 from client.doctor.checks import CHECKS
 from client.doctor.finding import Finding, Level, ok
+from client.ledger import Ledger
 from client.sitefile import SiteFile
 from conf.console import code
 from conf.exits import Exit
 from deploy.keys import authority
+from strategies.privacy.accountant import Entry
 
 pytestmark = pytest.mark.federation
 
@@ -232,6 +234,12 @@ def rewritten_log(world: World) -> None:
     log.write_text(log.read_text().replace('"init"', '"none"'))
 
 
+def rolled_back_ledger(world: World) -> None:
+    path = world.folder / "ledger.jsonl"
+    Ledger(path, None).reserve(Entry(1.0, 0.1, 1), run="a")
+    path.unlink()
+
+
 def open_key(world: World) -> None:
     (world.folder / "state" / "patient.key").chmod(0o644)
 
@@ -251,6 +259,7 @@ RED: dict[str, tuple[Callable[[World], Finding | None], str]] = {
     "labels": (other_classes, "cached masks have 1, which site.yaml does not declare"),
     "cache": (cut_object, "does not match its digest"),
     "audit": (rewritten_log, "audit.jsonl"),
+    "ledger": (rolled_back_ledger, "ledger.jsonl: it has 0 of "),
     "permissions": (open_key, r"patient.key is open to others \(mode 644\)"),
 }
 
