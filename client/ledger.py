@@ -195,8 +195,8 @@ class Ledger:
             self._read(grip)
             return list(self._lines), set(self._open)
 
-    def bring_forward(self, missing: Iterable[tuple[Entry, str, str, str]], anchor: bytes) -> None:
-        """Charge releases that the ledger has lost, and take the anchor as known: what a restore ends with.
+    def bring_forward(self, missing: Iterable[tuple[Entry, str, str, str]], anchors: Iterable[bytes]) -> None:
+        """Charge releases that the ledger has lost, and take the anchors as known: what a restore ends with.
 
         Args:
             missing: (entry, run, population, purpose) of each.
@@ -205,7 +205,8 @@ class Ledger:
             self._read(grip)
             for entry, run, population, purpose in missing:
                 self._write(grip, entry, run, population, purpose)
-            grip.add(kind="restore", anchor=anchor.hex())
+            for anchor in anchors:
+                grip.add(kind="restore", anchor=anchor.hex())
             self._read(grip)
 
     def _allow(self, entry: Entry, population: str, purpose: Purpose, whole: int) -> None:

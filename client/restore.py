@@ -1,8 +1,8 @@
 """A ledger that was deleted, rolled back or damaged is brought forward again: never backward.
 
 What is left of it and a backup are read up to their first damage. Where they part, both count: each line
-may stand for a release that was made. If the anchor, its last head, stands in neither, releases are missing
-that nobody here remembers; then the hospital has to declare what they were.
+may stand for a release that was made. If the anchor or the head beside the ledger stands in neither, releases
+are missing that nobody here remembers; then the hospital has to declare what they were.
 """
 
 from __future__ import annotations
@@ -51,15 +51,17 @@ def restore(path: Path, backup: Path, anchor: bytes, lost: Sequence[Entry], popu
         left = intact(there)
         # the one that holds the anchor goes on, else the longer
         base, other = sorted((left, saved), key=lambda lines: (_holds(lines, anchor), len(lines)))[::-1]
-        if lost and _holds(base, anchor):
-            text = "the anchor stands in the ledger or its backup, so nothing is missing; leave --lost out"
+        ends = [anchor, *_noted(path)]
+        unknown = [end.hex() for end in ends if not _holds(left, end) and not _holds(saved, end)]
+        if lost and not unknown:
+            text = "both heads stand in the ledger or its backup, so nothing is missing; leave --lost out"
             raise Stop(Exit.CONFIG, text)
-        if not lost and not _holds(base, anchor):
+        if unknown and not lost:
             raise Stop(
                 Exit.LEDGER_BROKEN,
-                f"neither {path} ({len(left)} lines) nor {backup} ({len(saved)} lines) ever ended with the"
-                " anchor: releases are missing; find a newer backup, or declare what was released since, with"
-                " its steps rounded up: --lost SIGMA,Q,STEPS",
+                f"neither {path} ({len(left)} lines) nor {backup} ({len(saved)} lines) ever ended with"
+                f" {unknown[0]}: releases are missing; find a newer backup, or declare what was released"
+                " since, with its steps rounded up: --lost SIGMA,Q,STEPS",
             )
         missing = [(line.entry, line.run, line.population, line.purpose) for line in _apart(other, base)]
         missing += [(entry, "declared", population, "training") for entry in lost]
@@ -67,10 +69,18 @@ def restore(path: Path, backup: Path, anchor: bytes, lost: Sequence[Entry], popu
         with no_space(path, "repeat"), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder) / path.name
             chain(whole).replace(_content(base), base[-1][1])
-            Ledger(whole, None).bring_forward(missing, anchor)
+            Ledger(whole, None).bring_forward(missing, ends)
             made = intact(whole.read_bytes())
             chain(path).replace(whole.read_bytes(), made[-1][1])
     return Restored(len(_reservations(made)), len(missing), kept)
+
+
+def _noted(path: Path) -> list[bytes]:
+    """The end that the ledger's own head knows, if it can be read: an anchor too."""
+    try:
+        return [bytes.fromhex(chain(path).noted().digest)]
+    except Stop:
+        return []
 
 
 def _holds(lines: _Lines, anchor: bytes) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from client.chain import intact
 from client.ledger import Ledger
 from client.restore import restore
 from conf.exits import Exit, Stop
@@ -71,6 +72,23 @@ def test_what_nobody_remembers_has_to_be_declared(place: Place) -> None:
     assert place.runs == ["run0", "run1", "declared"]
     with pytest.raises(Stop, match="nothing is missing; leave --lost out"):
         restore(place.path, place.backup, place.anchor, [STEP], "patients")
+
+
+def test_an_old_anchor_does_not_outweigh_the_head_beside_the_ledger(place: Place) -> None:
+    early = intact(place.backup.read_bytes())[-1][1].digest
+    place.path.unlink()
+    with pytest.raises(Stop, match=f"ever ended with {place.anchor.hex()}: releases are missing"):
+        restore(place.path, place.backup, bytes.fromhex(early), [], "patients")
+    restore(place.path, place.backup, bytes.fromhex(early), [STEP, STEP], "patients")
+    Ledger(place.path, None).check(place.anchor)
+    assert place.runs == ["run0", "run1", "declared", "declared"]
+
+
+@pytest.mark.parametrize("torn", [b"", b"{}", b"[1]"])
+def test_without_a_head_the_anchor_decides(place: Place, torn: bytes) -> None:
+    (place.folder / "ledger.head").write_bytes(torn)
+    restore(place.path, place.backup, place.anchor, [], "patients")
+    assert place.runs == ["run0", "run1", "run2", "run3"]
 
 
 @pytest.mark.parametrize("holds_anchor", [True, False])
