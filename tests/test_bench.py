@@ -59,5 +59,6 @@ def test_an_unknown_part_lists_the_known_ones() -> None:
     done = run("-m", "bench", "fold", "speed")
     assert done.returncode == 1
     assert (
-        done.stderr == "no part 'speed'; known: fold, commands, ingest, scaling, engine, deployed, dp, gpu\n"
+        done.stderr
+        == "no part 'speed'; known: fold, commands, ingest, ledger, scaling, engine, deployed, dp, gpu\n"
     )

@@ -175,9 +175,9 @@ def _population(name: str, budget: Budget, lines: list[Line], waiting: set[int])
         f" reserved {whole - settled:.4f}, left {budget.epsilon - whole:.4f};"
         f" one patient in another's place: {other:.4f}"
     )
-    for purpose, limit in budget.purposes.items():
-        part = cost(line for line in lines if line.purpose == purpose)
-        typer.echo(f"  {purpose}: ε {part:.4f} of {limit:g}")
+    for part, limit in budget.purposes.items():
+        spent = cost(line for line in lines if line.purpose == part)
+        typer.echo(f"  {part}: ε {spent:.4f} of {limit:g}")
     runs = dict.fromkeys((line.run, line.purpose) for line in lines)
     for run, purpose in runs:
         own = [line for line in lines if (line.run, line.purpose) == (run, purpose)]

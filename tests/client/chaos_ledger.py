@@ -58,9 +58,9 @@ def main(path: Path, kills: int, seed: int) -> None:
         under += over < 0
         if kill % 50 == 0 or kill == kills:  # to read it all is slow
             under += sum(e.steps for e in Ledger(path, None).entries()) != written
-    said = {"released": released, "under": under, "over": over, "most_by_a_kill": gained}
+    counts = {"released": released, "under": under, "over": over, "most_by_a_kill": gained}
     waiting = Ledger(path, None).lines()[1]
-    print(json.dumps(said | {"unsettled": len(waiting), "torch": "torch" in sys.modules}))
+    print(json.dumps(counts | {"unsettled": len(waiting), "torch": "torch" in sys.modules}))
 
 
 if __name__ == "__main__":

@@ -103,12 +103,13 @@ def test_an_edited_entry_is_seen(ram: Path) -> None:
         with pytest.raises(Stop, match=r"line 2 or the one before it is not|line 1 is no entry"):
             book(ram).entries()
     log.write_bytes(whole)
-    for bad in (
+    wrong: list[object] = [
         {},
         {"lines": 3, "digest": "00", "size": 1},
         {"lines": -1, "digest": "0" * 64, "size": -1},
         [],
-    ):
+    ]
+    for bad in wrong:
         (ram / "ledger.head").write_text(json.dumps(bad))
         with pytest.raises(Stop, match="ledger"):
             book(ram).entries()
