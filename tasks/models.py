@@ -1,28 +1,50 @@
 """The table of networks: snake name to builder. Importing it imports no network library.
 
-A builder takes keyword-only plain arguments, whose annotations are the bounds a plan is checked
-against, and returns an `nn.Module` from `B C H W[D]` to `B K H W[D]` logits. No entry normalises over the
-batch: examples of one batch must not see each other (a patient's gradient could not be clipped else).
+A builder takes keyword-only plain arguments, whose annotations are the bounds a plan is checked against:
+`in_channels`, `out_channels` (K) and `dimensions` are given by the task, the rest stands in the plan. What it
+returns depends on the shape of its entry:
+
+- `map`: `B C H W[D]` to `B K H W[D]` logits. In training it may return a tuple of such logits, the main ones
+  first (deep supervision, side outputs); in evaluation it returns the main ones alone.
+- `vector`: `B C H W[D]` to `B K` logits; with `dimensions` 0 from `B C` (features, a table).
+
+No entry normalises over the batch: examples of one batch must not see each other (a patient's gradient could
+not be clipped else).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from conf.table import Table
 
-MODELS = Table(
-    "model",
-    {
-        "unet": "tasks.networks.unet:unet",
-        "basic_unet": "tasks.networks.unet:basic_unet",
-        "dyn_unet": "tasks.networks.unet:dyn_unet",
-    },
-)
 
-#: how an entry gives the gradient of one patient under DP: all patients in one pass, one after the other, or
-#: not at all
-GRADIENTS: Mapping[str, Literal["vmap", "loop", "no DP"]] = {
-    "unet": "vmap",
-    "basic_unet": "vmap",
-    "dyn_unet": "vmap",
+@dataclass(frozen=True)
+class Network:
+    """One entry.
+
+    Attributes:
+        builder: where its code stands.
+        shape: what it makes of an image.
+        gradients: how it gives the gradient of one patient under DP: all patients in one pass, one after the
+            other, or not at all.
+        dimensions: of the images that it takes.
+    """
+
+    builder: str
+    shape: Literal["map", "vector"]
+    gradients: Literal["vmap", "loop", "no DP"] = "vmap"
+    dimensions: tuple[int, ...] = (2, 3)
+
+
+NETWORKS: Mapping[str, Network] = {
+    "unet": Network("tasks.networks.unet:unet", "map"),
+    "basic_unet": Network("tasks.networks.unet:basic_unet", "map"),
+    "dyn_unet": Network("tasks.networks.unet:dyn_unet", "map"),
 }
+
+MODELS = Table("model", {name: entry.builder for name, entry in NETWORKS.items()})
+
+
+#: what `Network.gradients` says, by name
+GRADIENTS = {name: entry.gradients for name, entry in NETWORKS.items()}
