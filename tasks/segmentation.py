@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
-from conf.exits import Exit, Stop
-from conf.schema import Section
-from conf.table import STRICT
-from tasks.base import Batch, Case, Phase, Prediction, Task, Trivial
-from tasks.data.augment import Augmentation, cut, start
+from tasks.base import Batch, Case, Phase, Prediction, Trivial
+from tasks.data.augment import cut, start
 from tasks.data.fingerprint import Survey
-from tasks.data.resample import fixed, grid, hardest, resample, resample_mask, window, zscore
+from tasks.data.resample import grid, hardest, resample, resample_mask
+from tasks.imaging import Classes, ImageTask, Label, Millimetres, Share, Sides
 from tasks.losses import LOSSES
 from tasks.metrics import SegmentationStatistics, Statistics
 from tasks.models import MODELS
@@ -28,93 +26,48 @@ CENTRES = 1024
 #: side of the atlas grid, by dimensions
 ATLAS_SIDE = {2: 128, 3: 48}
 
-Label = Annotated[str, Field(min_length=1, max_length=64)]
-Side = Annotated[int, Field(ge=1, le=4096)]
-Millimetres = Annotated[float, Field(gt=0, le=1000)]
-Percent = Annotated[float, Field(ge=0, le=100)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Axis = Annotated[int, Field(ge=0, le=2)]
-Change = Annotated[float, Field(ge=0, le=4)]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Segmentation(Task):
+class Segmentation(ImageTask):
     """Segmentation of one image.
 
     Attributes:
-        model, loss: what to train, and on what.
         classes: names, background first.
         patch: sides of a training patch and of a prediction window, in voxels of the plan's spacing;
             two for images, three for volumes.
-        channels: of the image. image, mask: their names in a case.
+        mask: its name in a case.
         spacing: mm per axis that images are resampled to; none: each stays on its own grid.
-        normalise: `zscore`: cut at `percentiles`, mean 0, deviation 1, each image by itself;
-            `window`: from `window` (raw units, HU for CT) onto -1 to 1;
-            `fixed`: cut at `clip`, less `mean`, divided by `deviation`, the same numbers (raw units) for
-            every image.
         foreground: share of patches centred on a foreground voxel, its class drawn first.
         overlap: of neighbouring prediction windows.
-        flips, rotation, scaling, noise, contrast, brightness, gamma: see `Augmentation`.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     by_value: ClassVar[frozenset[str]] = frozenset({"centres", "spacing"})
 
-    model: Section
-    loss: Section
-    classes: Annotated[tuple[Label, ...], Field(min_length=2, max_length=256)]
-    patch: Annotated[tuple[Side, ...], Field(min_length=2, max_length=3)]
-    channels: Annotated[int, Field(ge=1, le=64)] = 1
-    image: Label = "image"
+    classes: Classes
+    patch: Sides
     mask: Label = "mask"
     spacing: tuple[Millimetres, ...] | None = None
-    normalise: Literal["zscore", "window", "fixed"] = "zscore"
-    percentiles: tuple[Percent, Percent] = (0.5, 99.5)
-    window: tuple[float, float] = (-160.0, 240.0)
-    clip: tuple[float, float] = (-1000.0, 1000.0)
-    mean: float = 0.0
-    deviation: Annotated[float, Field(gt=0)] = 500.0
     foreground: Share = 0.5
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
-    flips: tuple[Axis, ...] = ()
-    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    scaling: Change = 0.0
-    noise: Change = 0.0
-    contrast: Change = 0.0
-    brightness: Change = 0.0
-    gamma: Change = 0.0
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """A patch's."""
+        return self.patch
 
     def __post_init__(self) -> None:
-        dimensions = len(self.patch)
-        if self.spacing is not None and len(self.spacing) != dimensions:
+        super().__post_init__()
+        if self.spacing is not None and len(self.spacing) != len(self.patch):
             raise ValueError(
-                f"task.spacing has {len(self.spacing)} axes, task.patch has {dimensions}; give one per axis"
+                f"task.spacing has {len(self.spacing)} axes, task.patch has {len(self.patch)}; give one per "
+                "axis"
             )
-        if any(axis >= dimensions for axis in self.flips):
-            raise ValueError(f"task.flips is {list(self.flips)}; axes of a patch are 0 to {dimensions - 1}")
-        for name in ("percentiles", "window", "clip"):
-            low, high = getattr(self, name)
-            if not low < high:
-                raise ValueError(f"task.{name} is [{low}, {high}]; the first must be the smaller")
         LOSSES.build(self.loss)
-        self._check_model()
-
-    def _check_model(self) -> None:
-        """One patch through the network without numbers: it must fit, and come out as K channels."""
-        wanted = (1, len(self.classes), *self.patch)
-        with torch.device("meta"), torch.no_grad():
-            model = self.build_model().eval()
-            try:
-                got = tuple(model(torch.empty(1, self.channels, *self.patch)).shape)
-                reason = "" if got == wanted else f"it makes {got} of it, need {wanted}"
-            except (RuntimeError, ValueError) as error:
-                reason = str(error)
-        if reason:
-            raise Stop(
-                Exit.CONFIG,
-                f"task.patch is {list(self.patch)}; model {self.model.name!r} cannot take it ({reason}); "
-                "its sides must be multiples of the network's total stride, and at least twice it",
-            )
+        self.rehearse(
+            "patch",
+            (1, len(self.classes), *self.patch),
+            "its sides must be multiples of the network's total stride, and at least twice it",
+        )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -170,25 +123,12 @@ class Segmentation(Task):
 
     def _input(self, case: Case) -> Tensor:
         """The network's input for the whole case: `CHW[D]` float32 at the plan's spacing."""
-        if self.image not in case.images:
-            raise ValueError(f"case {case.key} has no image {self.image!r}; it has {sorted(case.images)}")
-        image = case.images[self.image].float()
-        wanted = f"{self.channels} channels and {len(self.patch)} axes"
-        if image.ndim != 1 + len(self.patch) or image.shape[0] != self.channels:
-            raise ValueError(f"case {case.key} has an image of shape {tuple(image.shape)}; need {wanted}")
-        image = resample(image, grid(image.shape[1:], case.spacing, self.spacing))
-        if self.normalise == "window":
-            return window(image, *self.window)
-        if self.normalise == "fixed":
-            return fixed(image, *self.clip, self.mean, self.deviation)
-        return zscore(image, *self.percentiles)
+        image = self.picture(case)
+        return self.normalised(resample(image, grid(image.shape[1:], case.spacing, self.spacing)))
 
     def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
         """`image` `B C *patch` float32 and `mask` `B *patch` int64, one patch per example."""
-        change = Augmentation(
-            self.flips, self.rotation, self.scaling, self.noise, self.contrast, self.brightness, self.gamma
-        )
-        cuts = []
+        change, cuts = self.change, []
         for example in examples:
             mask = example["mask"]
             first = start(mask.shape, self.patch, example["centres"], self.foreground, draw)

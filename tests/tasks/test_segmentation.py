@@ -264,7 +264,7 @@ def test_faulty_cases_are_named() -> None:
         ({"patch": [8]}, r"task\.patch is \[8\]; tuple should have at least 2 items"),
         ({"patch": [9, 9]}, r"task\.patch is \[9, 9\]; model 'unet' cannot take it"),
         ({"spacing": [1.0, 1.0]}, r"task\.spacing has 2 axes, task\.patch has 3"),
-        ({"flips": [2], "patch": [8, 8]}, r"task\.flips is \[2\]; axes of a patch are 0 to 1"),
+        ({"flips": [2], "patch": [8, 8]}, r"task\.flips is \[2\]; axes of its input are 0 to 1"),
         ({"window": [5.0, 5.0]}, r"task\.window is \[5\.0, 5\.0\]; the first must be the smaller"),
         ({"classes": ["background"]}, r"task\.classes is \['background'\]; tuple should have at least 2"),
         ({"foreground": 1.5}, r"task\.foreground is 1\.5; input should be less than or equal to 1"),

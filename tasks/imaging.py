@@ -1,0 +1,130 @@
+"""What every task on images has in common: its input, the scale of its intensities, chance in training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from conf.exits import Exit, Stop
+from conf.schema import Section
+from conf.table import STRICT
+from tasks.base import Case, Task
+from tasks.data.augment import Augmentation
+from tasks.data.resample import fixed, window, zscore
+
+Label = Annotated[str, Field(min_length=1, max_length=64)]
+Side = Annotated[int, Field(ge=1, le=4096)]
+Sides = Annotated[tuple[Side, ...], Field(min_length=2, max_length=3)]
+Classes = Annotated[tuple[Label, ...], Field(min_length=2, max_length=256)]
+Millimetres = Annotated[float, Field(gt=0, le=1000)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Axis = Annotated[int, Field(ge=0, le=2)]
+Change = Annotated[float, Field(ge=0, le=4)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTask(Task):
+    """A task whose cases have one image.
+
+    Attributes:
+        model, loss: what to train, and on what.
+        channels: of the image. image: its name in a case.
+        normalise: `zscore`: cut at `percentiles`, mean 0, deviation 1, each image by itself;
+            `window`: from `window` (raw units, HU for CT) onto -1 to 1;
+            `fixed`: cut at `clip`, less `mean`, divided by `deviation`, the same numbers (raw units) for
+            every image.
+        flips, rotation, scaling, noise, contrast, brightness, gamma: see `Augmentation`.
+        subgroups: columns of `Case.groups` with the values that are scored apart.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model: Section
+    loss: Section
+    channels: Annotated[int, Field(ge=1, le=64)] = 1
+    image: Label = "image"
+    normalise: Literal["zscore", "window", "fixed"] = "zscore"
+    percentiles: tuple[Percent, Percent] = (0.5, 99.5)
+    window: tuple[float, float] = (-160.0, 240.0)
+    clip: tuple[float, float] = (-1000.0, 1000.0)
+    mean: float = 0.0
+    deviation: Annotated[float, Field(gt=0)] = 500.0
+    flips: tuple[Axis, ...] = ()
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scaling: Change = 0.0
+    noise: Change = 0.0
+    contrast: Change = 0.0
+    brightness: Change = 0.0
+    gamma: Change = 0.0
+    subgroups: Mapping[Label, tuple[Label, ...]] = field(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def sides(self) -> tuple[int, ...]:
+        """Of what the network sees at once: two for images, three for volumes."""
+
+    def __post_init__(self) -> None:
+        if any(axis >= len(self.sides) for axis in self.flips):
+            raise ValueError(
+                f"task.flips is {list(self.flips)}; axes of its input are 0 to {len(self.sides) - 1}"
+            )
+        for name in ("percentiles", "window", "clip"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"task.{name} is [{low}, {high}]; the first must be the smaller")
+
+    def rehearse(self, setting: str, wanted: tuple[int, ...], remedy: str) -> None:
+        """One input through the network without numbers: it must fit, and come out as `wanted`.
+
+        Raises:
+            Stop: (`CONFIG`) it does not; with `remedy`.
+        """
+        with torch.device("meta"), torch.no_grad():
+            model = self.build_model().eval()
+            try:
+                got = tuple(model(torch.empty(1, self.channels, *self.sides)).shape)
+                reason = "" if got == wanted else f"it makes {got} of it, need {wanted}"
+            except (RuntimeError, ValueError) as error:
+                reason = str(error)
+        if reason:
+            raise Stop(
+                Exit.CONFIG,
+                f"task.{setting} is {list(self.sides)}; model {self.model.name!r} cannot take it ({reason}); "
+                f"{remedy}",
+            )
+
+    @property
+    def change(self) -> Augmentation:
+        """What chance may do to an image in training."""
+        return Augmentation(
+            self.flips, self.rotation, self.scaling, self.noise, self.contrast, self.brightness, self.gamma
+        )
+
+    def picture(self, case: Case) -> Tensor:
+        """The case's image as it came: `CHW[D]` float32.
+
+        Raises:
+            ValueError: it has none, or one of other channels or axes.
+        """
+        if self.image not in case.images:
+            raise ValueError(f"case {case.key} has no image {self.image!r}; it has {sorted(case.images)}")
+        image = case.images[self.image].float()
+        wanted = f"{self.channels} channels and {len(self.sides)} axes"
+        if image.ndim != 1 + len(self.sides) or image.shape[0] != self.channels:
+            raise ValueError(f"case {case.key} has an image of shape {tuple(image.shape)}; need {wanted}")
+        return image
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """Intensities on the scale that the network sees."""
+        if self.normalise == "window":
+            return window(image, *self.window)
+        if self.normalise == "fixed":
+            return fixed(image, *self.clip, self.mean, self.deviation)
+        return zscore(image, *self.percentiles)
