@@ -52,9 +52,11 @@ class PrivateStepper(Stepper):
         """Gradients of the patients drawn; of none it is the noise alone."""
         with precision(self._plan.local, next(iter(self._parameters.values())).device):
             total = self._clipper.total(batch)
-        for name, gradient in self._mechanism.privatise(total).items():
+        mechanism, clipper = self._mechanism, self._clipper
+        for name, gradient in mechanism.privatise(total, clipper.clip).items():
             parameter = self._parameters[name]
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        clipper.clip = mechanism.follow(clipper.clip, clipper.inside, len(batch))
 
 
 def draws(

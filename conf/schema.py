@@ -67,6 +67,16 @@ class Local(Frozen):
     )
 
 
+class Adapt(Frozen):
+    """A clip norm that follows a quantile of the norms, for a noised count of those within it."""
+
+    quantile: float = Field(0.0, ge=0, lt=1, description="share of norms within clip; 0 = clip is fixed")
+    rate: float = Field(0.2, gt=0, le=2, description="of the clip norm's geometric steps")
+    count_noise: float = Field(
+        2.0, gt=0.5, le=1000, description="deviation of the count's noise, in units of sigma"
+    )
+
+
 class Privacy(Frozen):
     """Differential privacy of patients. `none`: exact updates leave the site (simulation and public data).
 
@@ -85,6 +95,7 @@ class Privacy(Frozen):
         0.0, ge=0, le=100, description="what the whole run may cost a patient; 0 = sigma is given"
     )
     clip: float = Field(1.0, gt=0, le=1e6, description="largest norm of a patient's gradient")
+    adapt: Adapt = Adapt()
     nominal_patients: int = Field(
         0, ge=0, le=10**9, description="training patients of a site: a public number, never counted there"
     )

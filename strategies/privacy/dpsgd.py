@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 from conf.exits import Exit, Stop
 from conf.schema import Plan
 from strategies.privacy import noise
+from strategies.privacy.quantile import Quantile
 from tasks.base import Batch, Phase
 
 Gradients = dict[str, Tensor]
@@ -31,12 +32,15 @@ class Mechanism:
         sigma: deviation of the noise, in units of `clip`. clip: largest norm of a patient's gradient.
         rate: q, the probability that a patient takes part in a step.
         expected: patients of a step on average, q times the public number; what the sum is divided by.
+        quantile: where the clip norm follows one. A training starts from `clip` and forgets where it came
+            to: nothing at the site outlives a round.
     """
 
     sigma: float
     clip: float
     rate: float
     expected: float
+    quantile: Quantile | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Mechanism:
@@ -50,24 +54,32 @@ class Mechanism:
             raise Stop(
                 Exit.CONFIG, "privacy.sigma is 0; whoever submits the plan finds it for privacy.epsilon"
             )
-        return cls(privacy.sigma, privacy.clip, batch / privacy.nominal_patients, float(batch))
+        rate, quantile = batch / privacy.nominal_patients, Quantile.of(privacy.adapt)
+        return cls(privacy.sigma, privacy.clip, rate, float(batch), quantile)
 
     def sample(self, keys: Sequence[str]) -> list[str]:
         """The patients of one step; there may be none."""
         picked = noise.chosen(len(keys), self.rate).tolist()
         return [key for key, taken in zip(keys, picked, strict=True) if taken]
 
-    def privatise(self, total: Gradients) -> Gradients:
-        """A step's gradient from a clipped sum (float64): noise once, then the division.
+    def privatise(self, total: Gradients, clip: float) -> Gradients:
+        """A step's gradient from a sum (float64) clipped to `clip`: noise once, then the division.
 
         Also where nobody was drawn: that a batch was empty must not show.
         """
+        sigma = self.quantile.of_sum(self.sigma) if self.quantile else self.sigma
         sizes = [t.numel() for t in total.values()]
         parts = torch.split(noise.normal(sum(sizes)), sizes)
         return {
-            name: (t + part.view(t.shape).to(t.device) * (self.sigma * self.clip)) / self.expected
+            name: (t + part.view(t.shape).to(t.device) * (sigma * clip)) / self.expected
             for (name, t), part in zip(total.items(), parts, strict=True)
         }
+
+    def follow(self, clip: float, inside: int, count: int) -> float:
+        """The next step's clip norm, where `inside` of `count` patients were within this one's."""
+        if self.quantile is None:
+            return clip
+        return self.quantile.moved(clip, inside, count, self.expected, self.sigma)
 
 
 def steps(plan: Plan, phases: Iterable[Phase]) -> int:
@@ -94,12 +106,17 @@ class Clipper:
         mapped: all patients of a chunk in one pass (`torch.func.vmap`); else one after the other by plain
             autograd, which any network allows and which the mapped form is held against.
         chunk: patients in one pass; 0 = all. It decides the memory, and changes bits.
+
+    Attributes:
+        clip: largest norm of a patient's gradient. inside: patients of the last sum who were within it; it
+            may leave only with noise.
     """
 
     def __init__(self, phase: Phase, model: nn.Module, *, clip: float, chunk: int = 0, mapped: bool) -> None:
         self._phase = phase
         self._model = model
-        self._clip = clip
+        self.clip = clip
+        self.inside = 0
         self._chunk = chunk
         self._names = [n for n, p in model.named_parameters() if phase.parameters(n) and p.requires_grad]
         # a copy: on a network with a layer under two names functional_call leaves tensors for parameters
@@ -114,8 +131,10 @@ class Clipper:
         live = dict(self._model.named_parameters())
         parameters = {name: live[name] for name in self._names}
         total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+        self.inside = 0
         for stacked in self._gradients(parameters, patients):
-            share, whole = factors(stacked.values(), self._clip)
+            share, whole = factors(stacked.values(), self.clip)
+            self.inside += int((share == 1).sum())
             for name, g in stacked.items():
                 rows = g.reshape(len(g), -1).masked_fill_(~whole[:, None], 0.0)  # 0 times NaN is NaN
                 total[name] += (share.to(g.dtype) @ rows).view(g.shape[1:])

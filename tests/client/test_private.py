@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,19 @@ def test_a_step_is_the_clipped_mean_then_the_noise_then_what_the_algorithm_adds(
     clipped = sum(-min(i + 1, clip / 3**0.5) for i in range(PATIENTS))
     expected = -((clipped + 0.5 * clip) / PATIENTS + (100.0 if correct else 0.0))
     assert got["w"].tolist() == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_a_following_clip_starts_anew_each_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "normal", lambda count: torch.zeros(count, dtype=torch.float64))
+    adapt = {"quantile": 0.25, "rate": 1.0, "count_noise": 2.0}
+    here = session(private(local={"steps": 2, "lr": 1e-9}, privacy={"clip": 2.0, "adapt": adapt}))
+    total, clip = 0.0, 2.0
+    for _ in range(2):  # at w = 0 the norms are √3 (i + 1)
+        norms = [3**0.5 * (i + 1) for i in range(PATIENTS)]
+        total += sum(min(n, clip) for n in norms) / 3**0.5 / PATIENTS
+        clip *= math.exp(-(sum(n <= clip for n in norms) / PATIENTS - 0.25))
+    for _ in range(2):
+        assert here.fit({"w": torch.zeros(3)})["w"].tolist() == pytest.approx([1e-9 * total] * 3, rel=1e-5)
 
 
 @pytest.mark.usefixtures("still")

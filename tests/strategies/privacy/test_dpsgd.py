@@ -210,7 +210,7 @@ def test_the_sum_is_noised_once_and_divided_by_the_expected_batch(
 
     monkeypatch.setattr(noise, "normal", ones)
     summed = Clipper(PHASE, net(), clip=0.5, mapped=True).total([patient(s) for s in range(size)])
-    made = plan(sigma=3.0, clip=0.5).privatise(summed)
+    made = plan(sigma=3.0, clip=0.5).privatise(summed, 0.5)
     assert drawn == [26]
     assert (flat(made) - (flat(summed) + 1.5) / 4).abs().max() < 1e-12
     assert {n: g.shape for n, g in made.items()} == {n: p.shape for n, p in net().named_parameters()}
@@ -218,7 +218,7 @@ def test_the_sum_is_noised_once_and_divided_by_the_expected_batch(
 
 def test_an_empty_batch_is_noised_like_any_other() -> None:
     nobody = {"w": torch.zeros(300, 400, dtype=torch.float64)}
-    found = plan(sigma=2.0, clip=0.5).privatise(nobody)["w"]
+    found = plan(sigma=2.0, clip=0.5).privatise(nobody, 0.5)["w"]
     assert float(found.std()) == pytest.approx(2.0 * 0.5 / 4, rel=0.02)  # 120,000 values: ten deviations
 
 
