@@ -31,7 +31,7 @@ from conf.table import STRICT
 from strategies.exact import Sum
 from strategies.protocol import Instruction, Spec, Update
 from tasks import TASKS
-from tasks.base import Batch, Case, Phase, Prediction, Task, Trivial
+from tasks.base import Batch, Case, Phase, Prediction, Summed, Task
 from tasks.data.cache import Entry
 from tasks.metrics import Statistics
 
@@ -84,7 +84,7 @@ class Classes(Task):
     def statistics(self) -> Statistics:
         raise NotImplementedError
 
-    def trivial(self) -> Mapping[str, Trivial]:
+    def trivial(self) -> Mapping[str, Summed]:
         return {}
 
 

@@ -24,7 +24,7 @@ from strategies.base import Local, Round, Study, Tensors
 from strategies.mean import FedAvg
 from strategies.protocol import Tree, Update
 from tasks import TASKS
-from tasks.base import Batch, Case, Phase, Prediction, Task, Trivial
+from tasks.base import Batch, Case, Phase, Prediction, Summed, Task
 from tasks.data.cache import Entry
 from tasks.metrics import Statistics
 
@@ -106,7 +106,7 @@ class Workload(Task):
     def statistics(self) -> Statistics:
         raise NotImplementedError("the harness scores")
 
-    def trivial(self) -> Mapping[str, Trivial]:
+    def trivial(self) -> Mapping[str, Summed]:
         return {}
 
 

@@ -24,7 +24,7 @@ from strategies.base import Local, Tensors
 from strategies.mean import FedAvg
 from strategies.protocol import Tree, Update
 from tasks import TASKS
-from tasks.base import Batch, Case, Phase, Prediction, Task, Trivial
+from tasks.base import Batch, Case, Phase, Prediction, Summed, Task
 from tasks.data.cache import Entry
 from tasks.metrics import Statistics
 
@@ -94,7 +94,7 @@ class Idle(Task):
     def statistics(self) -> Nothing:
         return Nothing(torch.zeros((), dtype=torch.float64))
 
-    def trivial(self) -> Mapping[str, Trivial]:
+    def trivial(self) -> Mapping[str, Summed]:
         return {}
 
 

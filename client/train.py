@@ -318,21 +318,21 @@ class Session:
         with torch.no_grad():
             return self._statistics(split, lambda case: self.study.task.predict(model, case))
 
-    def score_trivial(self, trivial: str, sums: Tensors, split: str) -> Tensor:
-        """Summed statistics of a trivial predictor on a split: float64."""
-        predictor = self.study.task.trivial()[trivial]
-        return self._statistics(split, lambda case: predictor.predict(sums, case))
+    def score_sums(self, name: str, known: Tensors, split: str) -> Tensor:
+        """Summed statistics of a predictor by sums on a split: float64."""
+        predictor = self.study.task.sums()[name]
+        return self._statistics(split, lambda case: predictor.predict(known, case))
 
-    def accumulate(self, trivial: str) -> Tensors:
-        """A trivial predictor's sums over the training cases: float64."""
+    def accumulate(self, name: str, known: Tensors) -> Tensors:
+        """What an exchange of a predictor by sums adds over the training cases: float64."""
         patients = self._archive.patients("train")
         self._policy.release(len(patients))
-        predictor = self.study.task.trivial()[trivial]
+        predictor = self.study.task.sums()[name]
         total = {name: tensor.clone() for name, tensor in predictor.zero().items()}
         for entries in patients.values():
             for entry in entries:
-                for name, tensor in predictor.accumulate(self._archive.load(entry)).items():
-                    total[name] += tensor
+                for part, tensor in predictor.accumulate(self._archive.load(entry), known).items():
+                    total[part] += tensor
         return total
 
     def fingerprint(self) -> Tensor:

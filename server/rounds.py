@@ -224,15 +224,19 @@ class Run:
 
     def trivial(self, name: str, splits: Sequence[str]) -> list[Line]:
         """Fit a trivial predictor by exact sums over the sites, and score it like a model."""
-        stage = f"trivial/{name}"
-        sites = tuple(sorted(self.sites))
-        spec = self.strategy.spec(self.study, stage)
-        total = self.ask(Ask(sites, stage, {}, spec, Sum(), counts=False), self.progress.round, 0)
-        if isinstance(total, Collected):
-            raise TypeError("a trivial predictor is summed")
-        if not total.sites:  # none may let its sums go
-            return []
-        down = {"kind": "trivial", "name": name, "sums": dict(total.sum("sums"))}
+        predictor, sites = self.study.task.trivial()[name], tuple(sorted(self.sites))
+        known = dict(predictor.start())
+        for turn in range(predictor.exchanges):
+            stage = f"trivial/{name}/{turn}"
+            spec = self.strategy.spec(self.study, stage)
+            ask = Ask(sites, stage, {"known": known}, spec, Sum(), counts=False)
+            total = self.ask(ask, self.progress.round, 0)
+            if isinstance(total, Collected):
+                raise TypeError("a trivial predictor is summed")
+            if not total.sites:  # none may let its sums go
+                return []
+            known = dict(predictor.solve(total.sum("sums"), known))
+        down = {"kind": "trivial", "name": name, "known": known}
         return [line for split in splits for line in self.score(name, down, split)]
 
     def _save(self) -> None:

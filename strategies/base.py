@@ -148,11 +148,11 @@ class Local(Protocol):
     def score(self, weights: Tensors, split: str) -> Tensor:
         """Summed statistics of a model on a split, as a float64 vector."""
 
-    def accumulate(self, trivial: str) -> Tensors:
-        """A trivial predictor's sums over the training cases."""
+    def accumulate(self, name: str, known: Tensors) -> Tensors:
+        """What an exchange of a predictor by sums adds over the training cases."""
 
-    def score_trivial(self, trivial: str, sums: Tensors, split: str) -> Tensor:
-        """Summed statistics of a trivial predictor on a split."""
+    def score_sums(self, name: str, known: Tensors, split: str) -> Tensor:
+        """Summed statistics of a predictor by sums on a split."""
 
     def fingerprint(self) -> Tensor:
         """Histograms of the training cases as a float64 vector, small cells suppressed."""
@@ -205,9 +205,9 @@ class Strategy:
                 for name in names
             }
             return Spec(tensors, federation.max_weight, federation.max_value)
-        if kind == "trivial" and detail in (trivial := study.task.trivial()):
-            sums = trivial[detail].zero()
-            return Spec({f"sums/{n}": (tuple(t.shape), torch.float64) for n, t in sums.items()}, 1, 2.0**31)
+        if kind == "trivial" and (found := study.task.sums().get(detail.partition("/")[0])):
+            form = {f"sums/{n}": (tuple(t.shape), torch.float64) for n, t in found.zero().items()}
+            return Spec(form, 1, found.largest)
         if kind == "evaluate":
             size = study.task.statistics().to_vector().numel()
             # far beyond any true one, and no sum of them or of their squares is infinite
@@ -221,7 +221,7 @@ class Strategy:
         often = rounds // every + 1 if every else 1
         return {
             "train": rounds,
-            **{f"trivial/{name}": 1 for name in study.task.trivial()},
+            **{f"trivial/{name}": found.exchanges for name, found in study.task.trivial().items()},
             **{
                 f"evaluate/{name}/{split}": often
                 if split == "val" and name in ("federated", "personal")
@@ -266,7 +266,8 @@ class Strategy:
         if kind == "train":
             return self.learn(local)
         if kind == "trivial":
-            return Update({f"sums/{n}": t for n, t in local.accumulate(detail).items()}), None
+            sums = local.accumulate(detail.partition("/")[0], local.common.get("known", {}))
+            return Update({f"sums/{n}": t for n, t in sums.items()}), None
         if kind == "evaluate":
             return Update({"statistics/sum": self.judge(local)}), None
         raise Refused("stage", stage)
@@ -304,7 +305,7 @@ class Strategy:
         asked = local.common
         match asked["kind"]:
             case "trivial":
-                return local.score_trivial(asked["name"], asked["sums"], asked["split"])
+                return local.score_sums(asked["name"], asked.get("known", {}), asked["split"])
             case "federated":
                 return local.score(self.weights(local), asked["split"])
             case "personal" if (weights := self.personal(local)) is not None:

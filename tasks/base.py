@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,17 +91,39 @@ class Phase:
     every: int = 1
 
 
-class Trivial(Protocol):
-    """A predictor that needs no learning or hardly any: additive sums over cases, then a rule."""
+class Summed(ABC):
+    """The shape *sums*: a predictor learned without gradient steps, by one or a few exact exchanges.
 
+    An exchange sends out what is `known`, adds what each training case makes of it, over cases and sites,
+    and `solve`s: that is known next. Sums are exact, so it is the predictor of the pooled cases.
+
+    Attributes:
+        exchanges: how many it takes.
+        largest: of a site's sums, in size; the smaller, the finer the grid they are added on.
+    """
+
+    exchanges: int = 1
+    largest: float = 2.0**31
+
+    def start(self) -> Sums:
+        """What is known before the first exchange: float64."""
+        return {}
+
+    @abstractmethod
     def zero(self) -> Sums:
         """Sums over no case: float64, and the shapes that may come back from a site."""
 
-    def accumulate(self, case: Case) -> Sums:
+    @abstractmethod
+    def accumulate(self, case: Case, known: Sums) -> Sums:
         """This case's contribution; contributions add over cases and over sites."""
 
-    def predict(self, sums: Sums, case: Case) -> Prediction:
-        """The prediction for `case`, from the sums over all training cases."""
+    def solve(self, sums: Sums, known: Sums) -> Sums:
+        """What the sums over all training cases come to."""
+        return sums
+
+    @abstractmethod
+    def predict(self, known: Sums, case: Case) -> Prediction:
+        """The prediction for `case`."""
 
 
 class Task(ABC):
@@ -148,8 +170,12 @@ class Task(ABC):
         """The zero of `score`'s monoid: fixes what may come back from a site."""
 
     @abstractmethod
-    def trivial(self) -> Mapping[str, Trivial]:
+    def trivial(self) -> Mapping[str, Summed]:
         """Predictors every quality figure stands beside, by name (constant, linear, atlas, …)."""
+
+    def sums(self) -> Mapping[str, Summed]:
+        """All predictors of the shape *sums* that this task has, by name: the trivial ones and others."""
+        return self.trivial()
 
     def survey(self) -> Survey:
         """What a fingerprint counts: by default the image alone."""

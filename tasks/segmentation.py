@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tasks.base import Batch, Case, Phase, Prediction, Trivial
+from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.augment import cut, start
 from tasks.data.fingerprint import Survey
 from tasks.data.resample import grid, hardest, resample, resample_mask
@@ -162,7 +162,7 @@ class Segmentation(ImageTask):
         """Image, mask and the size of each class."""
         return Survey(self.image, self.mask, len(self.classes))
 
-    def trivial(self) -> Mapping[str, Trivial]:
+    def trivial(self) -> Mapping[str, Summed]:
         """The most frequent class everywhere, and the mean mask."""
         n = len(self.classes)
         return {

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from tasks.base import Case, Prediction, Sums
+from tasks.base import Case, Prediction, Summed, Sums
 from tasks.data.resample import hardest, resample
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Summed):
     """Every voxel is the foreground class that fills most of the training cases.
 
     Attributes:
@@ -28,22 +28,22 @@ class Constant:
         """Share of each class, summed over cases: `{"shares": K}`."""
         return {"shares": torch.zeros(self.classes, dtype=torch.float64)}
 
-    def accumulate(self, case: Case) -> Sums:
+    def accumulate(self, case: Case, known: Sums) -> Sums:
         """The share of each class in the case's voxels (not their count, so that sums stay small)."""
         if self.mask not in case.masks:
             return self.zero()
         voxels = torch.bincount(case.masks[self.mask].flatten().long(), minlength=self.classes).double()
         return {"shares": voxels / voxels.sum()}
 
-    def predict(self, sums: Sums, case: Case) -> Prediction:
+    def predict(self, known: Sums, case: Case) -> Prediction:
         """That class on the case's whole grid."""
         shape = next(iter(case.images.values())).shape[1:]
-        label = 1 + int(sums["shares"][1:].argmax())
+        label = 1 + int(known["shares"][1:].argmax())
         return Prediction(masks={self.mask: torch.full(tuple(shape), label, dtype=torch.uint8)})
 
 
 @dataclass(frozen=True)
-class Atlas:
+class Atlas(Summed):
     """The mean training mask: one-hot masks stretched onto a common grid, averaged, stretched back.
 
     Positions correspond in proportion to the image's sides, so nothing is registered.
@@ -66,7 +66,7 @@ class Atlas:
             "cases": torch.zeros((), dtype=torch.float64),
         }
 
-    def accumulate(self, case: Case) -> Sums:
+    def accumulate(self, case: Case, known: Sums) -> Sums:
         """The case's mask on the common grid."""
         if self.mask not in case.masks:
             return self.zero()
@@ -76,8 +76,8 @@ class Atlas:
             total[k] = resample((case.masks[self.mask] == k).float()[None], shape)[0].double()
         return {"mask": total, "cases": torch.ones((), dtype=torch.float64)}
 
-    def predict(self, sums: Sums, case: Case) -> Prediction:
+    def predict(self, known: Sums, case: Case) -> Prediction:
         """The likeliest class at each position."""
         shape = next(iter(case.images.values())).shape[1:]
-        mean = (sums["mask"] / sums["cases"].clamp_min(1)).float()
+        mean = (known["mask"] / known["cases"].clamp_min(1)).float()
         return Prediction(masks={self.mask: hardest(mean, shape)})

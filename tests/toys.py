@@ -23,7 +23,7 @@ from server.exchange.local import LocalExchange
 from server.rounds import Run
 from strategies.code import code_digest
 from strategies.protocol import Instruction, Reply, Tree
-from tasks.base import Batch, Case, Phase, Prediction, Task, Trivial
+from tasks.base import Batch, Case, Phase, Prediction, Summed, Task
 from tasks.data.cache import Entry
 from tasks.metrics import Statistics
 
@@ -46,7 +46,7 @@ class MeanLoss(Statistics):
 
 
 @dataclass(frozen=True)
-class MeanTarget:
+class MeanTarget(Summed):
     """Predicts the mean target."""
 
     size: int
@@ -57,11 +57,11 @@ class MeanTarget:
             "count": torch.zeros((), dtype=torch.float64),
         }
 
-    def accumulate(self, case: Case) -> dict[str, Tensor]:
+    def accumulate(self, case: Case, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"target": case.images["image"][1].double(), "count": torch.ones((), dtype=torch.float64)}
 
-    def predict(self, sums: Mapping[str, Tensor], case: Case) -> Prediction:
-        return Prediction(scores={"w": sums["target"] / sums["count"]})
+    def predict(self, known: Mapping[str, Tensor], case: Case) -> Prediction:
+        return Prediction(scores={"w": known["target"] / known["count"]})
 
 
 class _Point(nn.Module):
@@ -110,7 +110,7 @@ class Quadratic(Task):
     def statistics(self) -> MeanLoss:
         return MeanLoss(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
 
-    def trivial(self) -> Mapping[str, Trivial]:
+    def trivial(self) -> Mapping[str, Summed]:
         return {"constant": MeanTarget(self.size)}
 
 

@@ -320,7 +320,7 @@ def test_statistics_may_stay_home_altogether(ram: Path) -> None:
     desk = Desk(ram, toy_plan(), policy=Policy(statistics="none", minimum_cell=1))
     assert code(desk.ask(desk.asked("trivial/constant"))) == "policy"
     for kind in ("federated", "trivial", "given"):
-        down: Tree = {"kind": kind, "split": "val", "name": "constant", "sums": {}}
+        down: Tree = {"kind": kind, "split": "val", "name": "constant", "known": {}}
         assert code(desk.ask(desk.asked(f"evaluate/{kind}/val"), **down)) == "policy"
     blob(desk.ask())  # training is another matter
 

@@ -433,10 +433,10 @@ def test_scores_and_sums_are_those_of_numpy() -> None:
     losses = (0.5 * images["val"][:, 0] * (w.numpy() - images["val"][:, 1]) ** 2).sum(-1)
     assert got.patients == 2
     assert got.value()["loss"] == pytest.approx(losses.mean(), abs=1e-5)
-    sums = here.accumulate("constant")
+    sums = here.accumulate("constant", {})
     assert sums["target"].numpy() == pytest.approx(images["train"][:, 1].astype(np.float64).sum(0))
     assert float(sums["count"]) == 4
-    trivial = here.study.task.statistics().from_vector(here.score_trivial("constant", sums, "val"))
+    trivial = here.study.task.statistics().from_vector(here.score_sums("constant", sums, "val"))
     mean = images["train"][:, 1].mean(0)
     losses = (0.5 * images["val"][:, 0] * (mean - images["val"][:, 1]) ** 2).sum(-1)
     assert trivial.value()["loss"] == pytest.approx(losses.mean(), abs=1e-5)
@@ -449,7 +449,7 @@ def test_without_patients_there_is_nothing_to_do() -> None:
     with pytest.raises(Refused, match="data: no patient"):
         here.score({"w": torch.zeros(3)}, "test")
     with pytest.raises(Refused, match="data: no patient"):
-        here.accumulate("constant")
+        here.accumulate("constant", {})
 
 
 @pytest.mark.parametrize(("dimensions", "layout"), [(2, torch.channels_last), (3, torch.channels_last_3d)])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conf.exits import Exit, Stop
 from conf.schema import Plan, Section
-from tasks.base import Case, Task, Trivial, build_task
+from tasks.base import Case, Summed, Task, build_task
 from tasks.metrics import Statistics
 from tasks.segmentation import Segmentation
 
@@ -182,10 +182,10 @@ def test_score_of_a_patient_with_an_unannotated_case() -> None:
 # ---- trivial rows
 
 
-def sums(trivial: Trivial, cases: list[Case]) -> dict[str, Tensor]:
+def sums(trivial: Summed, cases: list[Case]) -> dict[str, Tensor]:
     total = dict(trivial.zero())
     for one in cases:
-        for key, value in trivial.accumulate(one).items():
+        for key, value in trivial.accumulate(one, {}).items():
             assert value.dtype == torch.float64
             assert value.shape == total[key].shape
             total[key] = total[key] + value
