@@ -1,17 +1,43 @@
 """The table of losses: snake name to builder. Importing it imports no torch.
 
-A builder takes keyword-only plain arguments and returns `loss(logits, target) -> Tensor[B]`, with
-logits `B K H W[D]` and target `B H W[D]` int64. One value per example, and no value depends on
-another example; `torch.func.vmap` maps over every entry.
+A builder takes keyword-only plain arguments and returns `loss(output, target) -> Tensor[B]`. One value per
+example, and no value depends on another example; `torch.func.vmap` maps over every entry. What it is told
+depends on the targets of its entry:
+
+- `map`: logits `B K H W[D]`, target `B H W[D]` int64.
+- `classes`: logits `B K`, target `B` int64, or `B K` shares of the classes (mixup).
+- `multilabel`: logits `B K`, target `B K` of 0, 1 and NaN where nobody looked.
+- `ordinal`: logits `B K-1`, one for each threshold between levels, target `B` int64.
+- `continuous`: values `B K`, target `B K`, NaN where nobody measured.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from conf.table import Table
 
-LOSSES = Table(
-    "loss",
-    {
-        "cross_entropy": "tasks.criteria:cross_entropy",
-        "dice": "tasks.criteria:dice",
-        "dice_ce": "tasks.criteria:dice_ce",
-    },
-)
+Targets = Literal["map", "classes", "multilabel", "ordinal", "continuous"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One entry.
+
+    Attributes:
+        builder: where its code stands.
+        targets: what it compares with.
+    """
+
+    builder: str
+    targets: Targets
+
+
+LOSS_TABLE: Mapping[str, Loss] = {
+    "cross_entropy": Loss("tasks.criteria:cross_entropy", "map"),
+    "dice": Loss("tasks.criteria:dice", "map"),
+    "dice_ce": Loss("tasks.criteria:dice_ce", "map"),
+    "class_cross_entropy": Loss("tasks.vector_criteria:class_cross_entropy", "classes"),
+}
+
+LOSSES = Table("loss", {name: entry.builder for name, entry in LOSS_TABLE.items()})

@@ -6,7 +6,8 @@ returns depends on the shape of its entry:
 
 - `map`: `B C H W[D]` to `B K H W[D]` logits. In training it may return a tuple of such logits, the main ones
   first (deep supervision, side outputs); in evaluation it returns the main ones alone.
-- `vector`: `B C H W[D]` to `B K` logits; with `dimensions` 0 from `B C` (features, a table).
+- `vector`: `B C H W[D]` to `B K` logits, from any size of 32 and more; with `dimensions` 0 from `B C`
+  (features, a table). It is a `tasks.networks.trunk.Trunk`: maps, pool and head can be had apart.
 
 No entry normalises over the batch: examples of one batch must not see each other (a patient's gradient could
 not be clipped else).
@@ -41,6 +42,11 @@ NETWORKS: Mapping[str, Network] = {
     "unet": Network("tasks.networks.unet:unet", "map"),
     "basic_unet": Network("tasks.networks.unet:basic_unet", "map"),
     "dyn_unet": Network("tasks.networks.unet:dyn_unet", "map"),
+    "resnet": Network("tasks.networks.resnet:resnet", "vector"),
+    "lenet": Network("tasks.networks.small:lenet", "vector"),
+    "convnet": Network("tasks.networks.small:convnet", "vector"),
+    "linear": Network("tasks.networks.tabular:linear", "vector", dimensions=(0,)),
+    "mlp": Network("tasks.networks.tabular:mlp", "vector", dimensions=(0,)),
 }
 
 MODELS = Table("model", {name: entry.builder for name, entry in NETWORKS.items()})
