@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from client.archive import Archive, fingerprint
 from client.policy import Policy
-from client.train import Archive, fingerprint
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Study

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -114,3 +114,11 @@ def channels_last(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() in formats:
             parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+
+
+def held(model: nn.Module, frozen: Set[str]) -> nn.Module:
+    """The model in training, but for layers whose running statistics are frozen: they use those."""
+    for path, layer in model.named_modules() if frozen else ():
+        if any(f"{path}.{name}" in frozen for name, _ in layer.named_buffers(recurse=False)):
+            layer.training = False
+    return model

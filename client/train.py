@@ -7,26 +7,26 @@ simulation): the model is built once, prepared cases are kept. A `Session` is on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from client.archive import Archive as Archive
+from client.archive import fingerprint
 from client.policy import Policy
 from client.private import PrivateStepper, draws
-from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, precision
+from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, held, precision
 from conf.schema import Plan
 from strategies import build_strategy
-from strategies.base import Correct, Strategy, Study, Tensors, fresh_model
+from strategies.base import Correct, Strategy, Study, Tensors
 from strategies.privacy.dpsgd import Mechanism
 from strategies.privacy.dpsgd import steps as private_steps
 from strategies.privacy.preflight import check
 from strategies.protocol import Instruction, Refused, Spec, Tree
 from tasks.base import Batch, Case, Phase, Prediction
 from tasks.data.cache import Entry
-from tasks.data.fingerprint import Fingerprint, Survey
 from tasks.seeds import generator
 
 Example = Mapping[str, Tensor]
@@ -34,28 +34,6 @@ Charge = Callable[[Mechanism, int], None]
 """Reserves so many steps of a mechanism in the site's ledger, durably, or raises."""
 
 _STUDIES = 8  # each holds a model's first weights, and a trainer may live for many runs
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A site's cases: entries by split (`train`, `val`, `test`), and how one is loaded."""
-
-    splits: Mapping[str, Sequence[Entry]]
-    load: Callable[[Entry], Case]
-    _sorted: dict[str, dict[str, list[Entry]]] = field(default_factory=dict, init=False, compare=False)
-
-    def of(self, run: str) -> Archive:
-        """Every run sees the same cases: a simulation's do not change while it runs."""
-        return self
-
-    def patients(self, split: str) -> Mapping[str, Sequence[Entry]]:
-        """The entries of a split, by patient, in the order of their keys."""
-        if split not in self._sorted:
-            by: dict[str, list[Entry]] = {}
-            for entry in sorted(self.splits.get(split, ()), key=lambda e: (e.patient, e.key)):
-                by.setdefault(entry.patient, []).append(entry)
-            self._sorted[split] = by
-        return self._sorted[split]
 
 
 class Bench:
@@ -94,7 +72,9 @@ class Bench:
             if plan.digest not in self._studies:
                 if len(self._studies) >= _STUDIES:
                     self._plans, self._studies, self._specs = {}, {}, {}
-                self._studies[plan.digest] = Study.of(plan), build_strategy(plan)
+                strategy, study = build_strategy(plan), Study.of(plan)
+                strategy.check(study)
+                self._studies[plan.digest] = study, strategy
             # the plan is held too, or another could come to have its identity
             known = self._plans[id(plan)] = plan, *self._studies[plan.digest]
         return known[1], known[2]
@@ -108,10 +88,10 @@ class Bench:
         patients = archive.patients("train")
         if plan.privacy.mode == "none" or plan.digest in self._vetted or not patients:
             return
-        task = self.study(plan)[0].task
-        example = task.prepare(archive.load(next(iter(patients.values()))[0]))
-        batch = task.batch([example, example], generator(plan.seed, "", 0, "plan", "preflight"))
-        check(plan, task, fresh_model(plan, task), batch)
+        study, _ = self.study(plan)
+        example = study.task.prepare(archive.load(next(iter(patients.values()))[0]))
+        batch = study.task.batch([example, example], generator(plan.seed, "", 0, "plan", "preflight"))
+        check(plan, study.task, study.fresh(), batch)
         self._vetted.add(plan.digest)
 
     def spec(self, study: Study, strategy: Strategy, stage: str) -> Spec:
@@ -144,7 +124,7 @@ class Bench:
         if self._model is None or self._model[0] != study.digest:
             self._optimizers.clear()  # they hold the old model's parameters
             self._prepared, self._held = {}, 0  # for another plan
-            model = fresh_model(study.plan, study.task).to(self.device)
+            model = study.fresh().to(self.device)
             if self.device.type == "cuda":
                 channels_last(model)
             floats = _floats(model)
@@ -231,7 +211,7 @@ class Session:
         if not patients:
             raise Refused("data", "no training patient")
         plan = self.study.plan
-        model = self._load(weights).train()
+        model = held(self._load(weights).train(), self.study.frozen)
         steppers = [self._stepper(phase, model, correct) for phase in self.study.task.phases]
         draw = generator(plan.seed, self.site, self.round, "train", purpose)
         reads = private_steps(plan, self.study.task.phases)
@@ -379,22 +359,5 @@ class Session:
         return model
 
 
-def fingerprint(survey: Survey, archive: Archive, policy: Policy, halt: Callable[[], None]) -> Fingerprint:
-    """What would leave this site about its training cases.
-
-    Raises:
-        Refused: (`policy`, `data`) too few patients, or statistics stay home.
-    """
-    patients = archive.patients("train")
-    policy.release(len(patients))
-
-    def loaded() -> Iterator[list[Case]]:
-        for entries in patients.values():
-            halt()
-            yield [archive.load(entry) for entry in entries]
-
-    return survey.of_site(loaded(), policy.minimum_cell)
-
-
 def _floats(model: nn.Module) -> Tensors:
-    return {name: t for name, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()}

@@ -65,6 +65,8 @@ class Local(Frozen):
     micro_chunk: int = Field(
         0, ge=0, description="examples (with DP patients) per backward pass; 0 = the batch; changes bits"
     )
+    freeze: tuple[str, ...] = Field((), description="patterns of tensors that neither train nor travel")
+    freeze_depth: int = Field(0, ge=0, description="as many blocks from the input on are frozen")
 
 
 class Adapt(Frozen):

@@ -16,6 +16,7 @@ STRATEGIES = Table(
         "fedavg": "strategies.mean:FedAvg",
         "fedprox": "strategies.mean:FedProx",
         "fedbn": "strategies.mean:FedBN",
+        "fedper": "strategies.mean:FedPer",
         "fedadam": "strategies.adaptive:FedAdam",
         "scaffold": "strategies.scaffold:Scaffold",
         "ditto": "strategies.personal:Ditto",

@@ -16,9 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from conf.exits import Exit, Stop
 from conf.schema import Plan
 from strategies.exact import Fold, Folded, Sum, Total
 from strategies.protocol import Refused, Spec, Tree, Update
+from strategies.transfer import frozen
 from tasks.base import Task, build_task
 from tasks.seeds import seed
 
@@ -33,7 +35,8 @@ class Study:
 
     Attributes:
         initial: the model's float tensors before round 1. Integer buffers stay home.
-        trainable: names of its parameters. norms: names that belong to normalisation layers.
+        trainable: names of the parameters that learn. norms: names that belong to normalisation layers.
+        frozen: names of tensors that stay as they are, and do not travel.
     """
 
     plan: Plan
@@ -41,6 +44,7 @@ class Study:
     initial: Tensors
     trainable: frozenset[str]
     norms: frozenset[str]
+    frozen: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:
@@ -52,7 +56,7 @@ class Study:
         """Build the task and the initial model that `plan` names.
 
         Raises:
-            Stop: an unknown name, or a parameter out of bounds.
+            Stop: an unknown name, a parameter out of bounds, or nothing left that learns.
         """
         task = build_task(plan)
         model = fresh_model(plan, task)
@@ -63,13 +67,20 @@ class Study:
             if isinstance(module, _NORMS)
             for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
         }
-        return cls(
-            plan,
-            task,
-            {n: t.detach().clone() for n, t in model.state_dict().items() if t.is_floating_point()},
-            frozenset(n for n, _ in model.named_parameters()),
-            frozenset(norms),
-        )
+        initial = {n: t.detach().clone() for n, t in model.state_dict().items() if t.is_floating_point()}
+        still = frozen(list(initial), plan.local)
+        learns = frozenset(n for n, _ in model.named_parameters()) - still
+        if still and (idle := [p.name for p in task.phases if not any(map(p.parameters, learns))]):
+            raise Stop(Exit.CONFIG, f"local.freeze leaves nothing that phase {idle[0]!r} could train")
+        return cls(plan, task, initial, learns, frozenset(norms), still)
+
+    def fresh(self) -> nn.Module:
+        """The model as it is before round 1, on the CPU; what is frozen takes no gradient."""
+        model = fresh_model(self.plan, self.task)
+        for name, parameter in model.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
+        return model
 
 
 def fresh_model(plan: Plan, task: Task) -> nn.Module:
@@ -181,10 +192,21 @@ class Strategy:
 
     # ---- both ends
 
+    def check(self, study: Study) -> None:
+        """Hold the algorithm's settings against the model.
+
+        Raises:
+            Stop: (`CONFIG`) they do not suit it.
+        """
+        if not self.shared(study):
+            raise Stop(Exit.CONFIG, "nothing that travels is left of the model: keep or freeze less of it")
+
     def shared(self, study: Study) -> tuple[str, ...]:
-        """Names of the tensors that travel: under DP what the noise covers, parameters and no buffer."""
+        """Names of the tensors that travel: not the frozen; under DP what the noise covers, no buffer."""
         private = study.plan.privacy.mode != "none"
-        return tuple(name for name in study.initial if not private or name in study.trainable)
+        return tuple(
+            n for n in study.initial if n not in study.frozen and (not private or n in study.trainable)
+        )
 
     def groups(self, study: Study) -> dict[str, tuple[str, ...]]:
         """Groups of tensors in an answer to `train`, each with the names in it."""
@@ -281,7 +303,7 @@ class Strategy:
         """Local training and its report."""
         start = self.weights(local)
         trained = local.fit(start, correct=self.correction(local, start))
-        return self.report(local, start, trained), self.keep(local, trained)
+        return self.report(local, start, trained), self.remember(local, trained)
 
     def correction(self, local: Local, start: Tensors) -> Correct | None:
         """What this algorithm adds to the gradients of a step."""
@@ -292,7 +314,7 @@ class Strategy:
         names = self.shared(local.study)
         return Update({f"delta/{n}": trained[n] - start[n] for n in names}, local.weight)
 
-    def keep(self, local: Local, trained: Tensors) -> Tree | None:
+    def remember(self, local: Local, trained: Tensors) -> Tree | None:
         """The site's private state after training."""
         return None
 

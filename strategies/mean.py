@@ -1,4 +1,4 @@
-"""Averages of the sites' models: FedAvg, FedProx, FedBN."""
+"""Averages of the sites' models, or of a part of them: FedAvg, FedProx, FedBN, FedPer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from conf.table import STRICT
 from strategies.base import Correct, Local, Strategy, Study, Tensors
 from strategies.protocol import Tree
+from strategies.transfer import matching
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,46 @@ class FedProx(Strategy):
         return pull
 
 
+class _Homely(Strategy):
+    """FedAvg of all but some tensors, which each site trains and keeps."""
+
+    stateful = True
+
+    def home(self, study: Study) -> frozenset[str]:
+        """Names of what stays at the site."""
+        raise NotImplementedError
+
+    def shared(self, study: Study) -> tuple[str, ...]:
+        home = self.home(study)
+        return tuple(name for name in super().shared(study) if name not in home)
+
+    def remember(self, local: Local, trained: Tensors) -> Tree:
+        home = self.home(local.study) - local.study.frozen
+        return {"private": {name: trained[name] for name in sorted(home & trained.keys())}}
+
+
 @dataclass(frozen=True)
-class FedBN(Strategy):
+class FedBN(_Homely):
     """FedAvg of all but the normalisation layers, which stay home (Li et al., 2021, arXiv:2102.07623)."""
 
     __pydantic_config__ = STRICT
-    stateful = True
 
-    def shared(self, study: Study) -> tuple[str, ...]:
-        return tuple(name for name in super().shared(study) if name not in study.norms)
+    def home(self, study: Study) -> frozenset[str]:
+        return study.norms
 
-    def keep(self, local: Local, trained: Tensors) -> Tree:
-        return {"private": {name: trained[name] for name in sorted(local.study.norms & trained.keys())}}
+
+@dataclass(frozen=True)
+class FedPer(_Homely):
+    """FedAvg of all but the layers named here, which stay home (Arivazhagan et al., 2019, arXiv:1912.00818).
+
+    The paper keeps the last layers; any may be kept, such as a GAN's discriminator.
+
+    Attributes:
+        keep: patterns of tensor names.
+    """
+
+    __pydantic_config__ = STRICT
+    keep: tuple[str, ...] = ()
+
+    def home(self, study: Study) -> frozenset[str]:
+        return matching(self.keep, list(study.initial), "strategy.keep")

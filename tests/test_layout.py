@@ -31,6 +31,7 @@ CORE = (
     "server/checkpoint.py",
     "server/journal.py",
     "client/site.py",
+    "client/archive.py",
     "client/train.py",
     "client/step.py",
     "client/state.py",

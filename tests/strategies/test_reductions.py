@@ -43,6 +43,7 @@ REDUCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "without its pull": ("fedprox", {"strategy": {"mu": 0.0}}),
     "the shared part beside personal models": ("ditto", {}),
     "without normalisation layers": ("fedbn", {"norm": False}),
+    "with nothing kept": ("fedper", {}),
     "a buffer for all": ("fedbuff", {"strategy": {"buffer": 4}}),
     "the first round, all controls zero": ("scaffold", {"federation": {"rounds": 1, "cohort": 3}}),
 }
@@ -80,6 +81,7 @@ def test_other_strategies_are_not_fedavg(ram: Path) -> None:
     names = [name for name in STRATEGIES if not name.startswith("flower_")]
     models = {name: pack(train(ram / name, plan(name), cases).model) for name in names}
     assert models.pop("ditto") == models["fedavg"]
+    assert models.pop("fedper") == models["fedavg"]  # told to keep nothing
     assert len(set(models.values())) == len(models)
 
 
@@ -131,6 +133,7 @@ OUT_OF_RANGE: dict[tuple[str, str], tuple[Any, ...]] = {
     ("fedadam", "beta1"): (-0.1, 1),
     ("fedadam", "beta2"): (-0.1, 1, 2),
     ("fedadam", "tau"): (0,),
+    ("fedper", "keep"): (1, "head"),
     ("scaffold", "lr"): (0, -1),
     ("ditto", "lam"): (-1,),
     ("fedbuff", "buffer"): (0, 1.5),
