@@ -38,6 +38,14 @@ LOSS_TABLE: Mapping[str, Loss] = {
     "dice": Loss("tasks.criteria:dice", "map"),
     "dice_ce": Loss("tasks.criteria:dice_ce", "map"),
     "class_cross_entropy": Loss("tasks.vector_criteria:class_cross_entropy", "classes"),
+    "class_focal": Loss("tasks.vector_criteria:class_focal", "classes"),
+    "logit_adjusted": Loss("tasks.vector_criteria:logit_adjusted", "classes"),
+    "multilabel_bce": Loss("tasks.vector_criteria:multilabel_bce", "multilabel"),
+    "multilabel_focal": Loss("tasks.vector_criteria:multilabel_focal", "multilabel"),
+    "ordinal": Loss("tasks.vector_criteria:ordinal", "ordinal"),
+    "squared_error": Loss("tasks.vector_criteria:squared_error", "continuous"),
+    "absolute_error": Loss("tasks.vector_criteria:absolute_error", "continuous"),
+    "huber": Loss("tasks.vector_criteria:huber", "continuous"),
 }
 
 LOSSES = Table("loss", {name: entry.builder for name, entry in LOSS_TABLE.items()})
