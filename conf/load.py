@@ -185,7 +185,8 @@ def _refusal(error: ValidationError, values: Mapping[str, Any]) -> Stop:
     first = problems[0]
     path, model = _setting(first["loc"])
     name = ".".join(path)
-    if not path:
+    if not path or (first["type"] == "value_error" and isinstance(first["input"], dict)):
+        # a section's own word on its settings together
         return Stop(Exit.CONFIG, first["msg"].removeprefix("Value error, "))
     if first["type"] == "missing":
         return Stop(Exit.CONFIG, f"{name} is missing; it is needed: {name}=VALUE")

@@ -184,6 +184,7 @@ class Columns(Frozen):
         table: clinical columns with their type: `number`, or the list of categories.
         attribute: DICOM keyword whose text is the class, for series without a manifest.
         pages: what a TIFF of several pages is.
+        colour: what pictures become: as they are, one gray channel, or three (gray ones three times).
     """
 
     image: str | None = "image"
@@ -195,6 +196,7 @@ class Columns(Frozen):
     table: dict[str, Literal["number"] | tuple[str, ...]] | None = None
     attribute: str | None = None
     pages: Literal["refuse", "volume"] = "refuse"
+    colour: Literal["keep", "gray", "rgb"] = "keep"
 
 
 class Label(Frozen):
@@ -254,6 +256,25 @@ class Data(Frozen):
     sites: int = Field(
         0, ge=0, description="deal patients out to this many sites when there is no site column"
     )
+    partition: Literal["sites", "dirichlet", "contiguous"] = Field(
+        "sites",
+        description="how data.sites are made: evenly (sites), with unlike shares of the classes (dirichlet), "
+        "or one after another in the order of the manifest (contiguous)",
+    )
+    concentration: float = Field(
+        0.5, ge=0.01, le=1e6, description="dirichlet: the smaller, the more unlike the sites"
+    )
+    least: int = Field(20, ge=1, description="dirichlet: training patients that each site has at least")
+    folds: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="parts of a cross-validation by patient; 0 = none, the split column counts",
+    )
+    fold: int = Field(0, ge=0, description="the part that tests, from 0")
+    blocks: int = Field(
+        0, ge=0, description="this many images on end count as one patient: slices of a specimen; 0 = do not"
+    )
     val_fraction: float = Field(
         0.1, ge=0, lt=1, description="share of the training patients held for validation"
     )
@@ -263,6 +284,15 @@ class Data(Frozen):
         "given", description="auto: patch, spacing, network, batch by rules from the data, before training"
     )
     memory_gb: float = Field(8.0, gt=0, le=10_000, description="for a training step; plan=auto only")
+
+    @model_validator(mode="after")
+    def _one_deal(self) -> Data:
+        if self.folds == 1 or self.fold >= max(self.folds, 1):
+            last = f"data.fold from 0 to {self.folds - 1}" if self.folds > 1 else "data.folds of 2 or more"
+            raise ValueError(f"data.fold is {self.fold} of data.folds {self.folds}; need {last}")
+        if self.partition != "sites" and not self.sites:
+            raise ValueError(f"data.sites is 0; data.partition={self.partition} needs the number of sites")
+        return self
 
 
 class Run(Frozen):

@@ -34,9 +34,9 @@ from strategies import QUESTIONS
 from strategies.base import Tensors
 from strategies.code import code_digest
 from tasks.data.cache import Cache, Entry, default_cache
+from tasks.data.dealing import federate
 from tasks.data.ingest import ingest
 from tasks.data.released import Released
-from tasks.data.splits import by_site, deal, split
 from tasks.seeds import generator
 
 Splits = Mapping[str, tuple[Entry, ...]]
@@ -103,31 +103,12 @@ class Federation:
         """Ingest `data.root` where that is not done yet, and deal its cases out.
 
         Raises:
-            Stop: no data, one patient, a site without training patients, a patient in two splits.
+            Stop: what `federate` raises, and fewer sites than are asked.
         """
         entries = _cached(data)
-        # for the whole federation first: a patient in two splits, or one patient only
-        split(
-            entries.entries,
-            val_fraction=data.val_fraction,
-            test_fraction=data.test_fraction,
-            seed=data.split_seed,
-        )
-        fixed = any(entry.split == "test" for entry in entries.entries)
-        dealt = deal(entries.entries, data.sites, data.split_seed) if data.sites else by_site(entries.entries)
-        if not dealt:
-            raise Stop(
-                Exit.CONFIG,
-                "no case names its site: set data.columns.site=COLUMN, use one folder a site below the root, "
-                "or deal the patients out with data.sites=N",
-            )
-        sites = {name: _parts(own, data, fixed) for name, own in sorted(dealt.items())}
-        if bare := [name for name, parts in sites.items() if not parts["train"]]:
-            raise Stop(
-                Exit.TOO_MANY_SITES,
-                f"site {bare[0]} has no training patient, as have {len(bare) - 1} others of {len(sites)}; "
-                "use fewer sites or move patients to train (settings: data.sites, data.columns.split)",
-            )
+        if data.folds and any(e.split for e in entries.entries):
+            note(f"data.folds={data.folds}: the manifest's own split does not count")
+        sites = federate(entries.entries, data, entries.labels)
         for setting in ("cohort", "min_replies"):
             if (asked := getattr(plan.federation, setting)) > len(sites):
                 raise Stop(Exit.CONFIG, f"federation.{setting} is {asked}; there are {len(sites)} sites")
@@ -213,20 +194,6 @@ def _cached(data: Data) -> Cache:
     for text, cases in report.notes.items():
         note(f"{text} ({cases} cases)")
     return Cache(folder).held()
-
-
-def _parts(entries: tuple[Entry, ...], data: Data, fixed: bool) -> Splits:
-    """A site's own splits. Where the manifest fixes a test split, no site makes one of its own."""
-    marked = {kind: tuple(e for e in entries if e.split == kind) for kind in ("val", "test")}
-    free = tuple(e for e in entries if e.split not in ("val", "test"))
-    if len({e.patient for e in free}) < 2:
-        return {"train": free, **marked}
-    return split(
-        entries,
-        val_fraction=data.val_fraction,
-        test_fraction=0.0 if fixed else data.test_fraction,
-        seed=data.split_seed,
-    )
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,20 @@ class Cache:
             annotates=entry.annotates,
         )
 
+    def labels(self, entry: Entry) -> Mapping[str, float]:
+        """The classes and values of a case by name; its arrays are not read.
+
+        Raises:
+            Stop: (`CACHE_DAMAGED`) the object is missing or cut off.
+        """
+        try:
+            with self.path(entry.digest).open("rb") as file:
+                head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            found: dict[str, float] = json.loads(head["__metadata__"]["case"])["labels"]
+        except (OSError, OverflowError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(entry, str(error)) from None
+        return found
+
     def verify(self) -> None:
         """Compare every object with its digest.
 

@@ -94,13 +94,14 @@ def from_manifest(
 
 
 def from_folders(
-    root: Path, files: Iterable[Path], *, with_masks: bool, pages: str = "refuse"
+    root: Path, files: Iterable[Path], *, with_masks: bool, columns: Columns | None = None
 ) -> list[Found]:
     """Cases of the NIfTI and picture files among `files`, image and mask paired by name, and of `.npz`.
 
     `a/image/x` goes with `a/label/x` (or images, labels, mask, masks). A file in no such folder is an
     image, unless its name says otherwise: `label_x`, `x_seg` go with `image_x`, `x` beside them.
     """
+    columns = columns or Columns()
     groups: dict[tuple[str, str], tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
     found: list[Found] = []
     for path in files:
@@ -111,9 +112,9 @@ def from_folders(
             groups[place, stem][is_mask].append(path)
     for (_, _), (pictures, masks) in sorted(groups.items()):
         if with_masks:
-            found += _paired(root, pictures, masks, pages)
+            found += _paired(root, pictures, masks, columns)
         else:
-            found += [_case(root, p, None, pages) for p in pictures]
+            found += [_case(root, p, None, columns) for p in pictures]
     return found
 
 
@@ -180,7 +181,7 @@ def _filed(
         raise Faulty(Reason.NO_IMAGE, f"image {source or '(empty)'} does not exist")
     if mask is None and masks:
         raise Faulty(Reason.NO_MASK, f"mask {mask_source or '(empty)'} does not exist")
-    read = partial(_with_cells, _reader(image, mask, columns.pages), cells)
+    read = partial(_with_cells, _reader(image, mask, columns), cells)
     return replace(case, files=(image,) if mask is None else (image, mask), read=read)
 
 
@@ -242,7 +243,7 @@ def _inside(root: Path, name: str) -> Path | None:
         raise Faulty(Reason.UNREADABLE, f"{name[:80]}: {error.strerror}") from None
 
 
-def _paired(root: Path, pictures: list[Path], masks: list[Path], pages: str) -> list[Found]:
+def _paired(root: Path, pictures: list[Path], masks: list[Path], columns: Columns) -> list[Found]:
     if not pictures:
         return [_refused(root, m, Reason.NO_IMAGE, "no image of that name") for m in masks]
     if not masks:
@@ -250,12 +251,12 @@ def _paired(root: Path, pictures: list[Path], masks: list[Path], pages: str) -> 
     if len(pictures) > 1 or len(masks) > 1:
         names = ", ".join(p.name for p in (*pictures, *masks))
         return [_refused(root, p, Reason.SEVERAL_FILES, names) for p in pictures]
-    return [_case(root, pictures[0], masks[0], pages)]
+    return [_case(root, pictures[0], masks[0], columns)]
 
 
-def _case(root: Path, image: Path, mask: Path | None, pages: str) -> Found:
+def _case(root: Path, image: Path, mask: Path | None, columns: Columns) -> Found:
     source = image.relative_to(root).as_posix()
-    return Found(source, source, (image,) if mask is None else (image, mask), _reader(image, mask, pages))
+    return Found(source, source, (image,) if mask is None else (image, mask), _reader(image, mask, columns))
 
 
 def _refused(root: Path, path: Path, reason: Reason, detail: str) -> Found:
@@ -263,11 +264,11 @@ def _refused(root: Path, path: Path, reason: Reason, detail: str) -> Found:
     return Found(source, source, (path,), fault=Faulty(reason, detail))
 
 
-def _reader(image: Path, mask: Path | None, pages: str) -> Callable[[LabelMap], Raw]:
+def _reader(image: Path, mask: Path | None, columns: Columns) -> Callable[[LabelMap], Raw]:
     if kind(image) == "nifti":
-        return partial(read_aside, "nifti", image, mask, pages)
+        return partial(read_aside, "nifti", image, mask, columns)
     if kind(image) == "image":
-        return partial(read_aside, "image", image, mask, pages)
+        return partial(read_aside, "image", image, mask, columns)
     raise Faulty(Reason.UNREADABLE, f"{image.name} has no known suffix; accepted {', '.join(SUFFIXES)}")
 
 

@@ -18,28 +18,42 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 _ORIENTATION = 0x0112  # EXIF
 _BITS_PER_SAMPLE = 258  # TIFF 6.0
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _STORED = ("1", "L", "P", "RGB", "F", "I")
 
 
-def read_pair(image: Path, mask: Path | None, label_map: LabelMap, *, pages: str = "refuse") -> Raw:
+def read_pair(
+    image: Path, mask: Path | None, label_map: LabelMap, *, pages: str = "refuse", colour: str = "keep"
+) -> Raw:
     """A gray (`1HW`) or colour (`3HW`) picture with its mask (`HW`). Alpha is dropped; spacing is 1.
 
     Args:
         pages: `volume` stacks a TIFF of several pages to `HWD`, rows, columns, pages. Which way they lie
             in the patient is not said.
+        colour: `gray` makes colour one channel, `rgb` makes gray three equal ones, `keep` neither.
 
     Raises:
         Faulty: unreadable, mask of other size, label outside the map.
     """
     volume = pages == "volume"
     values, turned = _read(image, volume=volume, palette_as_colour=True)
-    colour = values.ndim == 3 + volume
-    channels = np.moveaxis(values, 2, 0) if colour else values[None]
+    coloured = values.ndim == 3 + volume
+    channels = _coloured(np.moveaxis(values, 2, 0) if coloured else values[None], colour)
     drawn = None if mask is None else _drawn(mask, channels.shape[1:], volume=volume)
     target, unmapped = (None, ()) if drawn is None else mapped(drawn, label_map)
     axes = channels.ndim - 1
     notes = ("a picture was turned upright by its EXIF tag",) if turned else ()
     return Raw(stored(channels), target, np.eye(4), (1.0,) * axes, unmapped=unmapped, notes=notes)
+
+
+def _coloured(channels: Array, colour: str) -> Array:
+    """`CHW[D]` with the channels asked for."""
+    if colour == "rgb" and len(channels) == 1:
+        return np.repeat(channels, 3, axis=0)
+    if colour == "gray" and len(channels) == 3:
+        luma = np.tensordot(_LUMA, channels.astype(np.float64), axes=1)
+        return np.rint(luma)[None].astype(channels.dtype)
+    return channels
 
 
 def _drawn(mask: Path, size: tuple[int, ...], *, volume: bool) -> Array:

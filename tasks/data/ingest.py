@@ -197,7 +197,7 @@ def _by_folders(
     from tasks.data.discover import from_folders
 
     with_masks = columns.label is not None
-    found = from_folders(root, files, with_masks=with_masks, pages=columns.pages)
+    found = from_folders(root, files, with_masks=with_masks, columns=columns)
     series = from_series(root, files, with_masks=with_masks, released=released, workers=workers)
     if columns.attribute:
         from tasks.data.attribute import with_class

@@ -12,7 +12,9 @@ from tasks.data.cache import Entry
 Parts = dict[str, tuple[Entry, ...]]
 
 
-def split(entries: Sequence[Entry], *, val_fraction: float, test_fraction: float, seed: int) -> Parts:
+def split(
+    entries: Sequence[Entry], *, val_fraction: float, test_fraction: float, seed: int, fold: int = 0
+) -> Parts:
     """Deal patients to `train`, `val` and `test`.
 
     A split that the manifest suggests stays: `test` patients test, `val` patients validate, all others
@@ -22,6 +24,9 @@ def split(entries: Sequence[Entry], *, val_fraction: float, test_fraction: float
     Small sets: dealt from two patients or more, such a part (its fraction above 0) gets at least the one
     with the lowest hash and leaves at least the one with the highest; from a single patient it gets none.
     Only where this steps in can adding a patient move another one.
+
+    Args:
+        fold: of a cross-validation: each has validation patients of its own.
 
     Raises:
         Stop: (`SPLIT_LEAK`) a patient stands in two splits; (`ONE_PATIENT`); (`NO_CASES`) none at all, or
@@ -39,9 +44,9 @@ def split(entries: Sequence[Entry], *, val_fraction: float, test_fraction: float
         raise Stop(Exit.NO_CASES, "the split column leaves no patient to train on; mark some as train")
     for name, fraction in (("test", test_fraction), ("val", val_fraction)):
         if fraction > 0 and not parts[name]:
-            parts[name] = _below(parts["train"], fraction, seed, name)
+            parts[name] = _below(parts["train"], fraction, seed, f"{name}/{fold}" if fold else name)
             parts["train"] -= parts[name]
-    return {name: _of(entries, patients) for name, patients in parts.items()}
+    return {name: of(entries, patients) for name, patients in parts.items()}
 
 
 def deal(entries: Sequence[Entry], sites: int, seed: int) -> Parts:
@@ -52,13 +57,13 @@ def deal(entries: Sequence[Entry], sites: int, seed: int) -> Parts:
     """
     if sites < 1:
         raise Stop(Exit.CONFIG, f"data.sites is {sites}; need at least 1")
-    patients = sorted({e.patient for e in entries}, key=lambda p: (_hash(seed, "site", p), p))
+    patients = sorted({e.patient for e in entries}, key=lambda p: (keyed(seed, "site", p), p))
     if len(patients) < sites:
         raise Stop(
             Exit.TOO_MANY_SITES, f"data.sites is {sites} for {len(patients)} patients; use fewer sites"
         )
     width = len(str(sites))
-    return {f"site_{i + 1:0{width}}": _of(entries, patients[i::sites]) for i in range(sites)}
+    return {f"site_{i + 1:0{width}}": of(entries, patients[i::sites]) for i in range(sites)}
 
 
 def by_site(entries: Iterable[Entry]) -> Parts:
@@ -77,7 +82,7 @@ def by_site(entries: Iterable[Entry]) -> Parts:
     strangers = {e.patient for e in nowhere} - {e.patient for own in groups.values() for e in own}
     if groups and all(e.split == "test" and e.patient in strangers for e in nowhere):
         sites = sorted(n for n in groups if n is not None)
-        ordered = sorted(strangers, key=lambda p: (_hash(0, "site", p), p))
+        ordered = sorted(strangers, key=lambda p: (keyed(0, "site", p), p))
         turn = {patient: sites[i % len(sites)] for i, patient in enumerate(ordered)}
         for entry in nowhere:
             groups[turn[entry.patient]].append(entry)
@@ -106,18 +111,19 @@ def _suggested(entries: Iterable[Entry]) -> dict[str, str | None]:
 
 def _below(pool: Collection[str], fraction: float, seed: int, name: str) -> set[str]:
     """Patients whose hash is below `fraction`: at least one and at most all but one, of two or more."""
-    ordered = sorted(pool, key=lambda p: (_hash(seed, name, p), p))
-    count = sum(_hash(seed, name, p) < fraction for p in ordered)
+    ordered = sorted(pool, key=lambda p: (keyed(seed, name, p), p))
+    count = sum(keyed(seed, name, p) < fraction for p in ordered)
     return set(ordered[: min(max(count, 1), len(ordered) - 1)])
 
 
-def _hash(seed: int, purpose: str, patient: str) -> float:
+def keyed(seed: int, purpose: str, patient: str) -> float:
     """A number in [0, 1) fixed by seed, purpose and patient alone."""
     key = sha256(f"{seed}/{purpose}".encode()).digest()
     digest = blake2b(patient.encode(), key=key, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _of(entries: Iterable[Entry], patients: Collection[str]) -> tuple[Entry, ...]:
+def of(entries: Iterable[Entry], patients: Collection[str]) -> tuple[Entry, ...]:
+    """The cases of these patients."""
     chosen = set(patients)
     return tuple(e for e in entries if e.patient in chosen)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conf.schema import Columns
 from tasks.data import images, nifti
 from tasks.data.aside import read_aside
 from tasks.data.source import Faulty, LabelMap, Naming, Reason
@@ -26,7 +27,7 @@ def test_elsewhere_is_as_here(tmp_path: Path, label_map: LabelMap) -> None:
     readers: dict[str, Callable[..., object]] = {"nifti": nifti.read_pair, "image": images.read_pair}
     for kind, suffix in (("nifti", "nii.gz"), ("image", "png")):
         for other in (None, tmp_path / f"m.{suffix}"):
-            there = read_aside(kind, tmp_path / f"i.{suffix}", other, "refuse", label_map)
+            there = read_aside(kind, tmp_path / f"i.{suffix}", other, Columns(), label_map)
             here = readers[kind](tmp_path / f"i.{suffix}", other, label_map)
             for name, value in vars(here).items():
                 assert np.array_equal(getattr(there, name), value), name
@@ -44,7 +45,7 @@ def test_a_volume_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
             file.write(zeros)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(Faulty, match="memory") as caught:
-        read_aside("nifti", tmp_path / "bomb.nii.gz", None, "refuse", None)
+        read_aside("nifti", tmp_path / "bomb.nii.gz", None, Columns(), None)
     assert caught.value.reason is Reason.LIMIT
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
@@ -53,7 +54,7 @@ def test_faults_come_through(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "i.png")
     Image.fromarray(np.zeros((5, 4), np.uint8)).save(tmp_path / "m.png")
     with pytest.raises(Faulty, match=r"image 5x4, mask 4x5") as caught:
-        read_aside("image", tmp_path / "i.png", tmp_path / "m.png", "refuse", None)
+        read_aside("image", tmp_path / "i.png", tmp_path / "m.png", Columns(), None)
     assert caught.value.reason is Reason.SIZE
     with pytest.raises(Faulty, match=r"none\.png"):
-        read_aside("image", tmp_path / "none.png", None, "refuse", None)
+        read_aside("image", tmp_path / "none.png", None, Columns(), None)

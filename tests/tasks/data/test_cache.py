@@ -49,6 +49,16 @@ def test_a_case_comes_back_as_it_was_put(tmp_path: Path) -> None:
     assert (loaded.patient, loaded.key) == (entry.patient, entry.digest[:16])
 
 
+def test_labels_come_without_the_arrays(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    (entry,) = keep(cache, replace(raw(), labels={"label": 1.0, "age": 40.5}))
+    assert cache.labels(entry) == {"label": 1.0, "age": 40.5}
+    path = cache.path(entry.digest)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(Stop, match="is damaged"):
+        cache.labels(entry)
+
+
 def test_turned_arrays_are_kept_as_they_are_read(tmp_path: Path) -> None:
     image = np.arange(24, dtype=np.float32).reshape(1, 4, 3, 2).transpose(0, 3, 2, 1)
     mask = np.arange(24, dtype=np.uint8).reshape(4, 3, 2).T[:, ::-1]

@@ -161,3 +161,20 @@ def png(values: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_colour_and_gray_get_one_number_of_channels_where_asked(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    gray = write(tmp_path / "g.png", rgb[:, :, 0])
+    coloured = write(tmp_path / "c.png", rgb)
+    same = read_pair(gray, None, None, colour="rgb").image
+    assert same is not None
+    assert (same == rgb[:, :, 0][None]).all()
+    assert same.shape == (3, 5, 4)
+    assert np.array_equal(read_pair(coloured, None, None, colour="rgb").image, np.moveaxis(rgb, 2, 0))
+    luma = read_pair(coloured, None, None, colour="gray").image
+    assert luma is not None
+    assert luma.dtype == np.uint8
+    with Image.open(coloured) as file:
+        assert np.abs(luma[0].astype(int) - np.asarray(file.convert("L"), dtype=int)).max() <= 1
+    assert np.array_equal(read_pair(gray, None, None, colour="gray").image, rgb[:, :, 0][None])
