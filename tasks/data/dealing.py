@@ -39,8 +39,7 @@ def federate(entries: Sequence[Entry], data: Data, labels: LabelsOf) -> dict[str
     if data.blocks:
         entries = _blocks(in_order(entries, data), data.blocks)
     # for the whole federation first: a patient in two splits, or one patient only
-    fractions = {"val_fraction": data.val_fraction, "test_fraction": data.test_fraction}
-    split(entries, **fractions, seed=data.split_seed)
+    split(entries, val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=data.split_seed)
     if data.partition == "contiguous":
         return _contiguous(entries, data)
     needed = data.folds or data.partition == "dirichlet"
@@ -65,7 +64,7 @@ def patient_classes(entries: Sequence[Entry], data: Data, labels: LabelsOf) -> d
     """
     found = {e.key: labels(e) for e in entries}
     names = ("label", *data.columns.labels)
-    name = next((n for n in names if any(n in own for own in found.values())), None)
+    name = next((n for n in names if any(n in own for own in found.values())), "label")
     votes: dict[str, Counter[float]] = {e.patient: Counter() for e in entries}
     for e in entries:
         if name in found[e.key]:

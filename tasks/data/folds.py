@@ -29,7 +29,7 @@ def fold_of(strata: Mapping[str, str], folds: int, seed: int) -> dict[str, int]:
     members: dict[str, list[str]] = defaultdict(list)
     for patient, stratum in strata.items():
         members[stratum].append(patient)
-    found = {}
+    found: dict[str, int] = {}
     for stratum, patients in members.items():
         ordered = sorted(patients, key=lambda p: (keyed(seed, "fold", p), p))
         first = int(keyed(seed, "stratum", stratum) * folds)

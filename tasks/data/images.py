@@ -52,7 +52,8 @@ def _coloured(channels: Array, colour: str) -> Array:
         return np.repeat(channels, 3, axis=0)
     if colour == "gray" and len(channels) == 3:
         luma = np.tensordot(_LUMA, channels.astype(np.float64), axes=1)
-        return np.rint(luma)[None].astype(channels.dtype)
+        gray: Array = np.rint(luma)[None].astype(channels.dtype)
+        return gray
     return channels
 
 

@@ -171,10 +171,14 @@ def test_colour_and_gray_get_one_number_of_channels_where_asked(tmp_path: Path) 
     assert same is not None
     assert (same == rgb[:, :, 0][None]).all()
     assert same.shape == (3, 5, 4)
-    assert np.array_equal(read_pair(coloured, None, None, colour="rgb").image, np.moveaxis(rgb, 2, 0))
+    kept = read_pair(coloured, None, None, colour="rgb").image
+    assert kept is not None
+    assert np.array_equal(kept, np.moveaxis(rgb, 2, 0))
     luma = read_pair(coloured, None, None, colour="gray").image
     assert luma is not None
     assert luma.dtype == np.uint8
     with Image.open(coloured) as file:
         assert np.abs(luma[0].astype(int) - np.asarray(file.convert("L"), dtype=int)).max() <= 1
-    assert np.array_equal(read_pair(gray, None, None, colour="gray").image, rgb[:, :, 0][None])
+    one = read_pair(gray, None, None, colour="gray").image
+    assert one is not None
+    assert np.array_equal(one, rgb[:, :, 0][None])
