@@ -27,7 +27,7 @@ from client.train import Archive, Bench, Session
 from conf.files import write_atomic
 from conf.schema import Plan
 from strategies.privacy.accountant import Entry
-from strategies.protocol import Instruction, Refused, Reply, Tree, Update, digest, pack
+from strategies.protocol import Instruction, Refused, Reply, Tree, Update, digest, pack, unpack
 
 __all__ = ["Archive", "Bench", "Ledger", "Plans", "Policy", "Site"]
 
@@ -57,11 +57,24 @@ class Plans:
             self._known[digest] = Plan.model_validate_json(path.read_bytes())
         return self._known[digest]
 
-    def accept(self, plan: Plan) -> None:
-        """Remember a plan."""
-        path = self._folder / f"{plan.digest}.json"
+    def initial(self, sha256: str) -> Tree:
+        """The first weights that came with a plan.
+
+        Raises:
+            Refused: (`plan`) none did.
+        """
+        try:
+            return unpack((self._folder / f"{sha256}.safetensors").read_bytes())
+        except FileNotFoundError:
+            raise Refused("plan", "no first weights") from None
+
+    def accept(self, plan: Plan, initial: Tree) -> None:
+        """Remember a plan, and the first weights where they came with it."""
+        path, weights = self._folder / f"{plan.digest}.json", self._folder / f"{plan.init}.safetensors"
         if not path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
+            if plan.init is not None and not weights.exists():
+                write_atomic(weights, pack(initial))
             write_atomic(path, plan.canonical().encode())
         self._known[plan.digest] = plan
 
@@ -137,7 +150,7 @@ class Site:
             return self._accept(instruction, common)
         plan = self.plans[instruction.plan]
         self.policy.check(plan)
-        study, strategy = self.bench.study(plan)
+        study, strategy = self.bench.study(plan, self.plans.initial)
         spec = self.bench.spec(study, strategy, instruction.stage)
         remembers = self.durable or strategy.stateful
         memory = Memory(self.folder / "memory" / instruction.run, durable=self.durable)
@@ -176,10 +189,10 @@ class Site:
         if plan.digest != instruction.plan:
             raise Refused("plan", "not canonical")
         self.policy.check(plan)
-        self.bench.study(plan)
+        study, _ = self.bench.study(plan, lambda _: common.get("initial"))
         if plan.privacy.mode != "none":
             if self.ledger is None:
                 raise Refused("policy", "no privacy ledger")
             self.bench.vet(plan, self.archive.of(instruction.run))
-        self.plans.accept(plan)
+        self.plans.accept(plan, study.initial)
         return Reply(self.name, Update({}))

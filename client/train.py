@@ -61,10 +61,14 @@ class Bench:
         self._prepared: dict[tuple[str, str], Example] = {}
         self._held = 0
 
-    def study(self, plan: Plan) -> tuple[Study, Strategy]:
+    def study(self, plan: Plan, given: Callable[[str], object] | None = None) -> tuple[Study, Strategy]:
         """What the plan comes to; built once.
 
+        Args:
+            given: as for `Study.of`.
+
         Raises:
+            Refused: (`plan`) it begins with weights that are not here.
             Stop: the plan names something that is not installed here.
         """
         known = self._plans.get(id(plan))
@@ -72,7 +76,9 @@ class Bench:
             if plan.digest not in self._studies:
                 if len(self._studies) >= _STUDIES:
                     self._plans, self._studies, self._specs = {}, {}, {}
-                strategy, study = build_strategy(plan), Study.of(plan)
+                if plan.init is not None and given is None:
+                    raise Refused("plan", "no first weights")
+                strategy, study = build_strategy(plan), Study.of(plan, given)
                 strategy.check(study)
                 self._studies[plan.digest] = study, strategy
             # the plan is held too, or another could come to have its identity

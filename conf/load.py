@@ -30,7 +30,7 @@ from conf.exits import Exit, Stop
 from conf.schema import Plan, Section, Settings
 from conf.screen import screen, screen_folder, screen_overrides
 
-PLAN = tuple(name for name in Plan.model_fields if name != "version")
+PLAN = tuple(name for name in Plan.model_fields if name not in ("version", "init"))
 REST = tuple(name for name in Settings.model_fields if name != "plan")
 
 
@@ -116,6 +116,8 @@ def validate(config: DictConfig) -> Settings:
     if not isinstance(values, dict):
         raise Stop(Exit.CONFIG, f"the configuration is a {type(values).__name__}; need settings by name")
     given = {str(key): value for key, value in values.items()}
+    if isinstance(given.get("model"), dict):  # where weights come from is no parameter of the network
+        given["init"] = given["model"].pop("init", None)
     tree = {"plan": {k: v for k, v in given.items() if k not in REST}}
     tree |= {k: given[k] for k in REST if k in given}
     try:

@@ -131,6 +131,9 @@ class Plan(Frozen):
     strategy: Section
     privacy: Privacy = Privacy()
     federation: Federation = Federation()
+    init: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the first weights; null = drawn by the seed"
+    )
 
     @model_validator(mode="after")
     def _public_numbers(self) -> Plan:
@@ -323,6 +326,7 @@ class Settings(Frozen):
 
     plan: Plan
     data: Data
+    init: str | None = Field(None, description="model.init: a run's directory or a safetensors file")
     run: Run = Run()
     runtime: Runtime = Runtime()
     baselines: tuple[Baseline, ...] = ("trivial",)

@@ -65,7 +65,8 @@ def absolute(settings: Settings) -> Settings:
     cache = data.cache and str(Path(data.cache).absolute())
     data = data.model_copy(update={"root": str(Path(data.root).absolute()), "cache": cache})
     run = run.model_copy(update={"dir": run.dir and str(Path(run.dir).absolute())})
-    return settings.model_copy(update={"data": data, "run": run})
+    init = settings.init and str(Path(settings.init).absolute())
+    return settings.model_copy(update={"data": data, "run": run, "init": init})
 
 
 def _running() -> bool:

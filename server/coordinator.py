@@ -29,6 +29,7 @@ from server.recovery import CANCEL, settle
 from server.rounds import Run
 from server.runfolder import RunFolder
 from server.telemetry import Meter
+from server.transfer import initial
 from strategies import build_strategy
 from strategies.base import Study
 from strategies.code import code_digest
@@ -91,7 +92,7 @@ class Coordinator:
             log.info("round %d of %d: %s", r, plan.federation.rounds, event)
 
         run = Run(
-            study=Study.of(plan),
+            study=Study.of(plan, initial(folder.path)),
             strategy=build_strategy(plan),
             sites=sorted(folder.sites),
             exchange=exchange,

@@ -168,7 +168,8 @@ class House:
         Raises:
             Stop: (`CONFIG`, `RUN_EXISTS`, `LINK`).
         """
-        from server.privacy import calibrated  # it brings torch
+        from server.privacy import calibrated  # these bring torch
+        from server.transfer import begin
 
         if other := sorted(set(settings.baselines) - {"trivial"}):
             note(f"left out: baselines {', '.join(other)} would need the cases here")
@@ -193,7 +194,8 @@ class House:
             raise Stop(
                 Exit.LINK, f"SuperLink does not answer at 127.0.0.1:{self.port}; see {self.folder}/log"
             )
-        made = RunFolder.create(path, given, list(self.sites))
+        given, initial = begin(given)
+        made = RunFolder.create(path, given, list(self.sites), initial)
         try:
             with self.control() as superlink:
                 superlink.start(bundle(), {"run": path.name})

@@ -97,16 +97,17 @@ class Run:
         return self.progress
 
     def _propose(self) -> None:
-        """The plan travels once; a site that refuses it is not fatal while enough others accept."""
+        """Plan and first weights travel once; a site that refuses is not fatal while enough others accept."""
+        plan = self.study.plan
         ask = Ask(
             tuple(sorted(self.sites)),
             "plan",
-            {"plan": self.study.plan.canonical()},
+            {"plan": plan.canonical(), **({"initial": self.study.initial} if plan.init else {})},
             Spec({}, 1, 1.0),
             counts=False,
         )
         folded = self.ask(ask, 0, 0)
-        least = self.study.plan.federation.min_replies
+        least = plan.federation.min_replies
         if len(folded.sites) < least:
             raise Stop(
                 Exit.SITE_REFUSED,

@@ -35,8 +35,13 @@ class RunFolder:
     sites: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, path: Path, settings: Settings, sites: Sequence[str] = ()) -> RunFolder:
+    def create(
+        cls, path: Path, settings: Settings, sites: Sequence[str] = (), initial: bytes = b""
+    ) -> RunFolder:
         """Make a new run directory.
+
+        Args:
+            initial: the first weights, where the plan names some.
 
         Raises:
             Stop: (`RUN_EXISTS`, `DISK_FULL`).
@@ -52,6 +57,8 @@ class RunFolder:
             config = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=True)
             write_atomic(path / "config.yaml", config.encode())
             write_atomic(path / "plan.json", settings.plan.canonical().encode())
+            if initial:
+                write_atomic(path / "initial.safetensors", initial)
             # run.json comes last: a folder with it is a whole run
             run: dict[str, object] = {"id": made.id, "started": _now()}
             if sites:

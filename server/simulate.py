@@ -30,6 +30,7 @@ from server.progress import bar, note
 from server.rounds import Run
 from server.runfolder import RunFolder
 from server.supervisor import die_with_parent
+from server.transfer import begin, initial
 from strategies import QUESTIONS
 from strategies.base import Tensors
 from strategies.code import code_digest
@@ -71,14 +72,18 @@ def simulate(settings: Settings) -> Path:
         from server.fingerprint import planned
 
         with planned(federation, settings) as (settings, made):
-            settings = settings.model_copy(update={"plan": calibrated(settings.plan)})
-            federation.rehearse(settings.plan)
-            folder = RunFolder.create(path, settings)
+            folder = _prepared(path, settings, federation)
             file_away(made, path)
         return Simulation(folder, federation).run()
+    return Simulation(_prepared(path, settings, federation), federation).run()
+
+
+def _prepared(path: Path, settings: Settings, federation: Federation) -> RunFolder:
+    """A new run's directory, once the plan is whole and was tried."""
     settings = settings.model_copy(update={"plan": calibrated(settings.plan)})
     federation.rehearse(settings.plan)
-    return Simulation(RunFolder.create(path, settings), federation).run()
+    settings, first = begin(settings)
+    return RunFolder.create(path, settings, initial=first)
 
 
 def resume(path: Path) -> Path:
@@ -245,13 +250,13 @@ class Simulation:
 
             count = min(room(runtime), len(federation.sites))
             return RayExchange(hospitals, count, runtime.gpus_per_site, blobs=path / "blobs", seed=plan.seed)
-        hospitals.bench.study(plan)  # before the fork: the workers share it
+        hospitals.bench.study(plan, initial(self.folder.path))  # before the fork: the workers share it
         return LocalExchange(
             hospitals, blobs=path / "blobs", seed=plan.seed, workers=workers or self._count()
         )
 
     def _loop(self, federation: Federation, plan: Plan, path: Path, exchange: VirtualExchange) -> Run:
-        study, strategy = Bench().study(plan)
+        study, strategy = Bench().study(plan, initial(self.folder.path))
         return Run(
             study=study,
             strategy=strategy,

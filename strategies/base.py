@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conf.exits import Exit, Stop
 from conf.schema import Plan
 from strategies.exact import Fold, Folded, Sum, Total
-from strategies.protocol import Refused, Spec, Tree, Update
+from strategies.protocol import Refused, Spec, Tree, Update, digest, pack
 from strategies.transfer import frozen
 from tasks.base import Task, build_task
 from tasks.seeds import seed
@@ -52,10 +52,14 @@ class Study:
         return self.plan.digest
 
     @classmethod
-    def of(cls, plan: Plan) -> Study:
+    def of(cls, plan: Plan, given: Callable[[str], object] | None = None) -> Study:
         """Build the task and the initial model that `plan` names.
 
+        Args:
+            given: finds the first weights by `plan.init`; None where no weight will be looked at.
+
         Raises:
+            Refused: (`plan`, `names`, `shape`, `finite`, …) they are not of this model, or not the plan's.
             Stop: an unknown name, a parameter out of bounds, or nothing left that learns.
         """
         task = build_task(plan)
@@ -68,6 +72,8 @@ class Study:
             for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
         }
         initial = {n: t.detach().clone() for n, t in model.state_dict().items() if t.is_floating_point()}
+        if plan.init is not None and given is not None:
+            initial = _begun(initial, given(plan.init), plan.init)
         still = frozen(list(initial), plan.local)
         learns = frozenset(n for n, _ in model.named_parameters()) - still
         if still and (idle := [p.name for p in task.phases if not any(map(p.parameters, learns))]):
@@ -88,6 +94,15 @@ def fresh_model(plan: Plan, task: Task) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed(plan.seed, "", 0, "plan", "model") % 2**32)
         return task.build_model()
+
+
+def _begun(fresh: Tensors, given: object, sha256: str) -> Tensors:
+    """First weights from outside, held against the model's own form and the plan's digest."""
+    update = Update.from_tree({"tensors": given, "weight": 1, "form": "plain"})
+    Spec({name: (tuple(t.shape), t.dtype) for name, t in fresh.items()}, 1, 0.0).check(update)
+    if digest(pack(update.tensors)) != sha256:
+        raise Refused("plan", "other first weights")
+    return {name: update.tensors[name] for name in fresh}
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)

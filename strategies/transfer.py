@@ -1,12 +1,17 @@
-"""What of a model is trained, and what of it travels: tensors chosen by name or by depth."""
+"""What of a model begins with another's weights, what is trained, and what of it travels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from conf.exits import Exit, Stop
 from conf.schema import Local
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = 6
 
@@ -52,6 +57,42 @@ def frozen(names: Sequence[str], local: Local) -> frozenset[str]:
         first = set(blocks[: local.freeze_depth])
         still.update(name for name, part in zip(names, parts, strict=True) if part[depth] in first)
     return frozenset(still)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A model's first weights, some of them another's.
+
+    Attributes:
+        tensors: of the model, by name. taken: the names that come from the other.
+        fresh: the others, with their shape (and the other's, where only the shape differs).
+        unused: what the other has beside, with its shape.
+    """
+
+    tensors: dict[str, Tensor]
+    taken: tuple[str, ...]
+    fresh: dict[str, str]
+    unused: dict[str, str]
+
+
+def match(initial: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Match:
+    """The initial tensors, replaced by given ones of the same name and shape.
+
+    Raises:
+        Stop: (`CONFIG`) a given tensor holds a value that is not finite.
+    """
+    made, fresh = {}, {}
+    for name, own in initial.items():
+        other = given.get(name)
+        if other is not None and other.shape == own.shape and other.is_floating_point():
+            if not bool(other.isfinite().all()):
+                raise Stop(Exit.CONFIG, f"model.init: {name} holds a value that is not finite")
+            made[name] = other.to(own.dtype)
+        else:
+            there = "" if other is None else f" (there {list(other.shape)})"
+            fresh[name] = f"{list(own.shape)}{there}"
+    unused = {n: str(list(t.shape)) for n, t in given.items() if n not in made and t.is_floating_point()}
+    return Match({**initial, **made}, tuple(made), fresh, unused)
 
 
 def _some(names: Sequence[str]) -> str:

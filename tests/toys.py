@@ -201,7 +201,7 @@ class Toys:
     """A federation of toys below a folder.
 
     Attributes:
-        wrap: puts something in front of a site: a fault, a recorder.
+        wrap: puts something in front of a site: a fault, a recorder. given: finds the plan's first weights.
     """
 
     folder: Path
@@ -211,6 +211,7 @@ class Toys:
     durable: bool = False
     wrap: Wrap = lambda site, name: site
     run_id: str = "run"
+    given: Callable[[str], object] | None = None
 
     def site(self, name: str, bench: Bench | None = None) -> Site:
         sites = self.folder / "sites"
@@ -231,7 +232,7 @@ class Toys:
         """The round loop, ready to train or to go on."""
         torch.set_num_threads(1)
         bench = Bench("cpu")
-        study, strategy = bench.study(self.plan)
+        study, strategy = bench.study(self.plan, self.given)
         with LocalExchange(
             lambda name: self.wrap(self.site(name, bench), name),
             blobs=self.folder / "blobs",

@@ -244,7 +244,7 @@ def test_the_same_question_is_answered_and_charged_once(ram: Path) -> None:
 
 def body(toys: Toys, stage: str, common: Any, **changes: Any) -> Reply:
     site = replace(toys.site("site_0"), **changes)
-    toys.site("site_0").plans.accept(toys.plan)
+    toys.site("site_0").plans.accept(toys.plan, {})
     return site.handle(asked(toys, stage), common)
 
 
