@@ -19,6 +19,7 @@ from tasks.losses import LOSSES
 from tasks.metrics import SegmentationStatistics, Statistics
 from tasks.models import MODELS
 from tasks.predict import sliding_window
+from tasks.supervision import deep, marginal
 from tasks.trivial import Atlas, Constant
 
 #: voxels per class kept as possible centres of patches
@@ -71,14 +72,19 @@ class Segmentation(ImageTask):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """One: the loss between the network's logits and the mask."""
+        """One: the loss between the network's logits (side outputs too) and the mask."""
         criterion = LOSSES.build(self.loss)
 
         def loss(model: nn.Module, batch: Batch | None) -> Tensor:
             if batch is None:
                 raise ValueError("segmentation needs a batch of patients; got none")
-            value: Tensor = criterion(model(batch["image"]), batch["mask"])
-            return value
+            logits = model(batch["image"])
+            if "looked" in batch:
+                logits = tuple(
+                    marginal(each, batch["looked"])
+                    for each in (logits if isinstance(logits, tuple) else (logits,))
+                )
+            return deep(criterion, logits, batch["mask"])
 
         return (Phase("train", loss),)
 
@@ -97,7 +103,8 @@ class Segmentation(ImageTask):
 
         Returns:
             `image` `CHW[D]` float32, `mask` `HW[D]` uint8, `centres` `N x axes` int32 (as many per
-            foreground class), `spacing` float64 in mm.
+            foreground class), `spacing` float64 in mm; `looked` K bool, if the site annotates only some
+            classes.
 
         Raises:
             ValueError: the case has no such image or mask, or they do not suit the plan.
@@ -105,21 +112,28 @@ class Segmentation(ImageTask):
         image = self._input(case)
         if self.mask not in case.masks:
             raise ValueError(f"case {case.key} has no mask {self.mask!r}; training needs one")
-        truth = case.masks[self.mask]
+        looked, truth = self._looked(case), case.masks[self.mask]
         if int(truth.max()) >= len(self.classes):
             raise ValueError(
                 f"case {case.key} has class {int(truth.max())} in its mask; task.classes has 0 to "
                 f"{len(self.classes) - 1}"
             )
         native = truth.shape
-        mask = resample_mask(truth, len(self.classes), image.shape[1:])
+        mask = resample_mask(_only(truth, looked), len(self.classes), image.shape[1:])
         extent = torch.tensor(case.spacing, dtype=torch.float64) * torch.tensor(native)
         return {
             "image": image,
             "mask": mask,
             "centres": _centres(mask, len(self.classes)),
             "spacing": extent / torch.tensor(mask.shape),
+            **({} if looked.all() else {"looked": looked}),
         }
+
+    def _looked(self, case: Case) -> Tensor:
+        """Which classes somebody looked for: K bool, the background always."""
+        if case.annotates is None:
+            return torch.ones(len(self.classes), dtype=torch.bool)
+        return torch.tensor([k == 0 or k in case.annotates for k in range(len(self.classes))])
 
     def _input(self, case: Case) -> Tensor:
         """The network's input for the whole case: `CHW[D]` float32 at the plan's spacing."""
@@ -127,7 +141,10 @@ class Segmentation(ImageTask):
         return self.normalised(resample(image, grid(image.shape[1:], case.spacing, self.spacing)))
 
     def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
-        """`image` `B C *patch` float32 and `mask` `B *patch` int64, one patch per example."""
+        """`image` `B C *patch` float32 and `mask` `B *patch` int64, one patch per example.
+
+        With `looked` `B K` bool where somebody did not look for all classes.
+        """
         change, cuts = self.change, []
         for example in examples:
             mask = example["mask"]
@@ -135,7 +152,11 @@ class Segmentation(ImageTask):
             matrix = change.matrix(len(self.patch), draw)
             cuts.append(cut(example["image"], mask, first, self.patch, example["spacing"], matrix))
         images, masks = zip(*cuts, strict=True)
-        return {"image": change.intensities(torch.stack(images), draw), "mask": torch.stack(masks)}
+        batch = {"image": change.intensities(torch.stack(images), draw), "mask": torch.stack(masks)}
+        if any("looked" in example for example in examples):
+            everything = torch.ones(len(self.classes), dtype=torch.bool, device=batch["mask"].device)
+            batch["looked"] = torch.stack([example.get("looked", everything) for example in examples])
+        return batch
 
     def predict(self, model: nn.Module, case: Case) -> Prediction:
         """Sliding windows at the plan's spacing; probabilities go back to the native grid, then argmax."""
@@ -146,7 +167,7 @@ class Segmentation(ImageTask):
     def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """Overlap in the native geometry, averaged over this patient's annotated cases."""
         pairs = [
-            (case.masks[self.mask], prediction.masks[self.mask], case.spacing)
+            (*(_only(m.masks[self.mask], self._looked(case)) for m in (case, prediction)), case.spacing)
             for case, prediction in zip(cases, predictions, strict=True)
             if self.mask in case.masks
         ]
@@ -169,6 +190,11 @@ class Segmentation(ImageTask):
             "constant": Constant(self.mask, n),
             "atlas": Atlas(self.mask, n, len(self.patch), ATLAS_SIDE[len(self.patch)]),
         }
+
+
+def _only(mask: Tensor, looked: Tensor) -> Tensor:
+    """The mask with background where it has a class that nobody looked for."""
+    return mask if looked.all() else torch.where(looked.to(mask.device)[mask.long()], mask, 0)
 
 
 def _centres(mask: Tensor, classes: int) -> Tensor:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from monai.networks.nets.basic_unet import BasicUNet
+from monai.networks.nets.basic_unetplusplus import BasicUNetPlusPlus
 from monai.networks.nets.dynunet import DynUNet
+from monai.networks.nets.segresnet import SegResNet
 from monai.networks.nets.unet import UNet
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 Dimensions = Literal[2, 3]
 Width = Annotated[int, Field(ge=1, le=4096)]
 Widths = Annotated[tuple[Width, ...], Field(min_length=2, max_length=8)]
 Halvings = Annotated[tuple[Annotated[int, Field(ge=0, le=7)], ...], Field(min_length=2, max_length=3)]
+SixWidths = Annotated[tuple[Width, ...], Field(min_length=6, max_length=6)]
+Sides = Annotated[int, Field(ge=0, le=5)]
+Blocks = Annotated[int, Field(ge=1, le=8)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Norm = Literal["instance", "group"]
 Named = tuple[str, dict[str, object]]
@@ -87,7 +93,7 @@ def basic_unet(
     in_channels: Width,
     out_channels: Width,
     dimensions: Dimensions,
-    channels: Annotated[tuple[Width, ...], Field(min_length=6, max_length=6)] = (8, 8, 16, 32, 64, 8),
+    channels: SixWidths = (8, 8, 16, 32, 64, 8),
     norm: Norm = "instance",
     groups: Width = 1,
     dropout: Fraction = 0.0,
@@ -106,23 +112,43 @@ def basic_unet(
     )
 
 
+class _DynUNet(DynUNet):
+    """MONAI's, with its side outputs as a tuple."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        made: Tensor = super().forward(x)
+        # left in the list they would keep the graph alive, and a network with a graph cannot be copied
+        self.heads[:] = [torch.empty(0)] * len(self.heads)
+        return made.unbind(1) if self.training and self.deep_supervision else made
+
+
 def dyn_unet(
     *,
     in_channels: Width,
     out_channels: Width,
     dimensions: Dimensions,
-    channels: Widths = (16, 32, 64, 128),
+    channels: Annotated[tuple[Width, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128),
     pools: Halvings | None = None,
+    deep_supervision: Sides = 0,
     norm: Norm = "instance",
     groups: Width = 1,
     dropout: Fraction = 0.0,
 ) -> nn.Module:
-    """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021), without deep supervision.
+    """The U-Net of nnU-Net (Isensee et al., Nature Methods 2021).
 
-    Sides and `pools` as for `unet`.
+    `deep_supervision`: levels below the first that give logits too in training. Sides and `pools` as for
+    `unet`.
+
+    Raises:
+        ValueError: more of them than there are levels between the first and the last.
     """
+    if deep_supervision > len(channels) - 2:
+        raise ValueError(
+            f"model.deep_supervision is {deep_supervision}; {len(channels)} levels have at most "
+            f"{len(channels) - 2} between the first and the last"
+        )
     down = strides(len(channels), dimensions, pools)
-    return DynUNet(
+    return _DynUNet(
         spatial_dims=dimensions,
         in_channels=in_channels,
         out_channels=out_channels,
@@ -132,4 +158,70 @@ def dyn_unet(
         filters=channels,
         norm_name=norm_layer(norm, groups, channels),
         dropout=dropout or None,
+        deep_supervision=deep_supervision > 0,
+        deep_supr_num=max(1, deep_supervision),
+    )
+
+
+class _PlusPlus(BasicUNetPlusPlus):
+    """MONAI's, the deepest node's logits first."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        made: list[Tensor] = super().forward(x)
+        return tuple(reversed(made)) if self.training and self.deep_supervision else made[-1]
+
+
+def unet_plus_plus(
+    *,
+    in_channels: Width,
+    out_channels: Width,
+    dimensions: Dimensions,
+    channels: SixWidths = (8, 8, 16, 32, 64, 8),
+    deep_supervision: bool = False,
+    norm: Norm = "instance",
+    groups: Width = 1,
+    dropout: Fraction = 0.0,
+) -> nn.Module:
+    """UNet++ (Zhou et al., 2018, arXiv:1807.10165): nested decoders on one encoder.
+
+    `channels` and sides as for `basic_unet`; with `deep_supervision` the four decoders of full resolution
+    are all trained.
+    """
+    return _PlusPlus(
+        spatial_dims=dimensions,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        features=channels,
+        deep_supervision=deep_supervision,
+        norm=norm_layer(norm, groups, channels),
+        dropout=dropout,
+    )
+
+
+def seg_res_net(
+    *,
+    in_channels: Width,
+    out_channels: Width,
+    dimensions: Dimensions,
+    width: Width = 8,
+    blocks: Annotated[tuple[Blocks, ...], Field(min_length=2, max_length=6)] = (1, 2, 2, 4),
+    norm: Norm = "group",
+    groups: Width = 8,
+    dropout: Fraction = 0.0,
+) -> nn.Module:
+    """SegResNet (Myronenko, 2018, arXiv:1810.11654), without its autoencoder: a wide encoder, a thin decoder.
+
+    `width` at full resolution, doubled with each level; `blocks` of each. Sides are multiples of
+    `2 ** (len(blocks) - 1)`.
+    """
+    return SegResNet(
+        spatial_dims=dimensions,
+        init_filters=width,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        dropout_prob=dropout or None,
+        norm=norm_layer(norm, groups, (width,)),
+        blocks_down=blocks,
+        blocks_up=(1,) * (len(blocks) - 1),
+        upsample_mode="deconv",
     )

@@ -1,0 +1,55 @@
+"""The networks of shape `map`, as small as they can be tried."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from conf.schema import Section
+from tasks.models import MODELS, NETWORKS
+
+MAPS = [name for name, entry in NETWORKS.items() if entry.shape == "map"]
+ENTRIES = [(name, d) for name in MAPS for d in NETWORKS[name].dimensions]
+LEVELS = {"channels": [4, 4, 8]}
+#: their five levels leave one voxel of 16, which only a norm over channels can take
+SIX = {"channels": [4, 4, 4, 4, 4, 4], "norm": "group"}
+#: settings of each, and what they leave to their defaults when there is more than one way to train
+SMALL: dict[str, dict[str, Any]] = {
+    "unet": LEVELS,
+    "basic_unet": SIX,
+    "dyn_unet": LEVELS | {"deep_supervision": 1},
+    "unet_plus_plus": SIX | {"deep_supervision": True},
+    "seg_res_net": {"width": 4, "blocks": [1, 1, 1], "groups": 2},
+    "attention_unet": LEVELS,
+    "residual_unet": LEVELS,
+    "dense_unet": LEVELS | {"growth": 4, "layers": 2},
+    "v_net": LEVELS,
+}
+SIDE: dict[str, int] = {}
+
+
+def sides(name: str, dimensions: int) -> tuple[int, ...]:
+    """What the small network takes."""
+    return (SIDE.get(name, 16),) * dimensions
+
+
+def takes(name: str, setting: str) -> bool:
+    """Whether the builder has such a setting."""
+    return setting in inspect.signature(MODELS[name]).parameters
+
+
+def section(name: str, **settings: Any) -> Section:
+    """The small network's section of a plan."""
+    return Section(name=name, **(SMALL[name] | settings))
+
+
+def small(name: str, dimensions: int, *, inputs: int = 1, classes: int = 2, **settings: Any) -> nn.Module:
+    """The small network, always with the same weights."""
+    torch.manual_seed(0)
+    model: nn.Module = MODELS.build(
+        section(name, **settings), in_channels=inputs, out_channels=classes, dimensions=dimensions
+    )
+    return model
