@@ -167,13 +167,17 @@ class Segmentation(ImageTask):
     def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """Overlap in the native geometry, averaged over this patient's annotated cases."""
         pairs = [
-            (*(_only(m.masks[self.mask], self._looked(case)) for m in (case, prediction)), case.spacing)
+            (self._judged(case, case.masks), self._judged(case, prediction.masks), case.spacing)
             for case, prediction in zip(cases, predictions, strict=True)
             if self.mask in case.masks
         ]
         if not pairs:
             return self.statistics()
         return SegmentationStatistics.of_patient(pairs, len(self.classes) - 1)
+
+    def _judged(self, case: Case, masks: Mapping[str, Tensor]) -> Tensor:
+        """Without the classes that nobody looked for in this case: they are neither right nor wrong."""
+        return _only(masks[self.mask], self._looked(case))
 
     def statistics(self) -> SegmentationStatistics:
         """Zero patients."""

@@ -116,7 +116,7 @@ class _DynUNet(DynUNet):
     """MONAI's, with its side outputs as a tuple."""
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        made: Tensor = super().forward(x)
+        made: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         # left in the list they would keep the graph alive, and a network with a graph cannot be copied
         self.heads[:] = [torch.empty(0)] * len(self.heads)
         return made.unbind(1) if self.training and self.deep_supervision else made

@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_logits_have_the_shape_of_the_image(name: str, dimensions: int) -> None:
     [(*entry, {}) for entry in ENTRIES] + [(name, 2, {"norm": n}) for name in NORMED for n in NORMS],
 )
 def test_examples_of_a_batch_do_not_see_each_other(
-    name: str, dimensions: int, settings: dict[str, str]
+    name: str, dimensions: int, settings: dict[str, Any]
 ) -> None:
     model = small(name, dimensions, inputs=2, **settings).train()
     size = (32, 32) if settings else sides(name, dimensions)
