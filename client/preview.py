@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ def preview(site: str, plan: Plan, archive: Archive, policy: Policy) -> Preview:
             _stage(site, name, times, strategy.spec(study, name), study, archive, policy)
             for name, times in strategy.stages(study).items()
         ),
-        tuple((f.name, getattr(statistics, f.name).numel()) for f in fields(statistics)),
+        tuple((name, tensor.numel()) for name, tensor in statistics.sums().items()),
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -93,7 +93,8 @@ class Site:
     Attributes:
         folder: the site's own files (state, replies, incidents). code: digest of the code that runs here.
         durable: keep every reply before it leaves (deployed). Simulated sites may also tell exact metrics
-            of a private run, which no noise covers; a deployed one keeps them home.
+            of a private run, which no noise covers, and each patient's own scores; a deployed one keeps
+            them home.
         ledger: the privacy account; without one nothing private is trained.
         audit: log of what was asked and what left (deployed): nothing leaves before it stands there.
     """
@@ -164,12 +165,14 @@ class Site:
         if private and self.ledger is not None:
             left = plan.federation.rounds - instruction.round + 1
             charges = Charges(self.ledger, instruction.run, left)
-        session = Session(self.bench, study, archive, policy, instruction, common, state, charges)
+        session = Session(
+            self.bench, study, archive, policy, instruction, common, state, charges, rows=not self.durable
+        )
         update, after = strategy.answer(instruction.stage, session)
         update = Update(
             {name: t.detach().cpu() for name, t in update.tensors.items()}, update.weight, update.form
         )
-        spec.check(update)
+        (replace(spec, tail=0) if self.durable else spec).check(update)
         reply = Reply(self.name, update)
         if remembers:
             memory.keep(instruction, reply, after)

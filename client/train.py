@@ -167,7 +167,11 @@ class Bench:
 
 
 class Session:
-    """One stage at one site: what a strategy's client half works with (`strategies.base.Local`)."""
+    """One stage at one site: what a strategy's client half works with (`strategies.base.Local`).
+
+    Args:
+        charge: reserves steps in the ledger. rows: whether each patient's own scores may be told.
+    """
 
     def __init__(
         self,
@@ -179,8 +183,11 @@ class Session:
         common: Tree,
         state: Tree,
         charge: Charge | None = None,
+        *,
+        rows: bool = False,
     ) -> None:
         self._charge = charge
+        self._rows = rows and study.plan.federation.scores == "raw"
         self._bench = bench
         self._archive = archive
         self._policy = policy
@@ -334,7 +341,11 @@ class Session:
             self._bench.halt()
             cases = [self._archive.load(entry) for entry in entries]
             total = total + self.study.task.score(cases, [predict(case) for case in cases])
-        return total.to_vector()
+        total = total.guarded(self._policy.minimum_cell)
+        for behind in total.cells().tolist():
+            if behind:
+                self._policy.release(round(behind))
+        return (total if self._rows else total.alone()).to_vector()
 
     def _batches(self, patients: Mapping[str, Sequence[Entry]], draw: torch.Generator) -> Iterator[Batch]:
         """Batches of one example each of different patients; every patient once before any twice."""

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+from torch import Tensor
+
 from conf.files import no_space, write_atomic
 from strategies.exact import Collect, Collected
 from tasks.metrics import Statistics
@@ -40,18 +44,35 @@ class Metrics:
         with no_space(self._path, "wardround resume"):
             write_atomic(self._path, text.encode())
 
-    @staticmethod
-    def lines(collected: Collected, zero: Statistics, round: int, split: str, model: str) -> list[Line]:
-        """One line a site in the order of names, and one over all; a personal model is the site's own."""
-        lines, total = [], zero
+    def lines(self, collected: Collected, zero: Statistics, round: int, split: str, model: str) -> list[Line]:
+        """One line a site in the order of names, and one over all; a personal model is the site's own.
+
+        Patients' own scores, where sites tell them, go to `scores/`: the latest of each model and split.
+        """
+        lines, total, counts = [], zero, []
         for site in collected.rows:
             statistics = zero.from_vector(collected.answer(site)["statistics/sum"])
+            counts.append(len(statistics.rows))
             total = total + statistics
             name = f"{model}:{site}" if model == "personal" else model
             lines.append(_line(statistics, round, split, name, site))
         if lines:
             lines.append(_line(total, round, split, model, "all"))
+        if any(counts):
+            about = {"round": round, "split": split, "model": model, "sites": list(collected.rows)}
+            self._keep(total, torch.tensor(counts), about)
         return lines
+
+    def _keep(self, total: Statistics, counts: Tensor, about: dict[str, Any]) -> None:
+        """Write the patients' scores: `rows` and, for each, `site`, as safetensors."""
+        name = f"{about['model']}-{about['split']}".replace(":", "-")
+        path = self._path.parent / "scores" / f"{name}.safetensors"
+        site = torch.arange(len(counts)).repeat_interleave(counts)
+        text = json.dumps({**about, "columns": total.columns}, sort_keys=True, separators=(",", ":"))
+        blob = safetensors.torch.save({"rows": total.rows, "site": site}, metadata={"wardround": text})
+        with no_space(path, "wardround resume"):
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, blob)
 
 
 def _line(statistics: Statistics, round: int, split: str, model: str, site: str) -> Line:

@@ -182,9 +182,11 @@ class House:
             raise Stop(Exit.CONFIG, "data.plan is 'auto', which is for simulated sites; set data.plan=given")
         data, runtime = Data(root="each site's own"), Runtime(name="flower")
         own: tuple[Baseline, ...] = ("trivial",) if "trivial" in settings.baselines else ()
+        plan = calibrated(settings.plan)
+        federation = plan.federation.model_copy(update={"scores": "binned"})  # hospitals tell sums alone
         given = settings.model_copy(
             update={
-                "plan": calibrated(settings.plan),
+                "plan": plan.model_copy(update={"federation": federation}),
                 "data": data,
                 "runtime": runtime,
                 "baselines": own,

@@ -24,6 +24,9 @@ from strategies.transfer import frozen
 from tasks.base import Task, build_task
 from tasks.seeds import seed
 
+MOST_ROWS = 2**20
+"""Patients of whom one answer may tell the scores one by one."""
+
 Tensors = dict[str, Tensor]
 Correct = Callable[[Mapping[str, nn.Parameter]], None]
 """Changes the gradients of one step in place (`p.grad`), after clipping and noise."""
@@ -246,9 +249,11 @@ class Strategy:
             form = {f"sums/{n}": (tuple(t.shape), torch.float64) for n, t in found.zero().items()}
             return Spec(form, 1, found.largest)
         if kind == "evaluate":
-            size = study.task.statistics().to_vector().numel()
+            zero = study.task.statistics()
+            form = {"statistics/sum": ((zero.to_vector().numel(),), torch.float64)}
+            tail = MOST_ROWS * zero.rows.shape[1] if federation.scores == "raw" else 0
             # far beyond any true one, and no sum of them or of their squares is infinite
-            return Spec({"statistics/sum": ((size,), torch.float64)}, 1, 2.0**100)
+            return Spec(form, 1, 2.0**100, tail)
         raise Refused("stage", stage)
 
     def stages(self, study: Study) -> dict[str, int]:

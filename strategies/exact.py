@@ -335,12 +335,12 @@ class Collected:
 
     def answer(self, site: str) -> dict[str, Tensor]:
         """One site's tensors."""
-        return {
-            name: self._read(site, name, 0, math.prod(self.spec.tensors[name][0])).reshape(
-                self.spec.tensors[name][0]
-            )
-            for name in self.spec.tensors
-        }
+        found = {}
+        for name, (shape, _) in self.spec.tensors.items():
+            tail = self.spec.tail if name == next(reversed(self.spec.tensors)) else 0
+            values = self._read(site, name, 0, math.prod(shape) + tail)
+            found[name] = values if tail else values.reshape(shape)
+        return found
 
     def reduce(self, group: str, rule: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Apply `rule([sites, columns]) -> [columns]` to a group, block by block."""
@@ -369,7 +369,9 @@ class Collected:
         dtype = self.spec.tensors[name][1]
         if stop == start:
             return torch.empty(0, dtype=dtype)
-        with Path(self.rows[site][0]).open("rb") as file:
+        path = Path(self.rows[site][0])
+        stop = min(stop, (path.stat().st_size - offset) // dtype.itemsize)
+        with path.open("rb") as file:
             file.seek(offset + start * dtype.itemsize)
             return torch.frombuffer(bytearray(file.read((stop - start) * dtype.itemsize)), dtype=dtype)
 

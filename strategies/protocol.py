@@ -162,11 +162,14 @@ class Spec:
     Attributes:
         tensors: "group/parameter" to (shape, dtype), in the order of the flat buffer.
         max_weight: largest weight. max_value: largest absolute value (0 = unbounded: not for a sum).
+        tail: how many values the last tensor, a vector, may hold beyond its shape: each patient's own scores
+            (simulation only; not for a sum). 0 everywhere else.
     """
 
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
     max_weight: int
     max_value: float
+    tail: int = 0
 
     @cached_property
     def size(self) -> int:
@@ -186,9 +189,9 @@ class Spec:
         # type() and not isinstance(): True is an int, and a weight of True passed once
         if type(update.weight) is not int or not 1 <= update.weight <= self.max_weight:
             raise Refused("weight", str(update.weight))
-        for name, (shape, dtype) in self.tensors.items():
+        for name, (_, dtype) in self.tensors.items():
             tensor = update.tensors[name]
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            if not self._fits(name, tuple(tensor.shape)) or tensor.dtype != dtype:
                 raise Refused("shape", f"{name}: {tuple(tensor.shape)} {tensor.dtype}")
             if tensor.numel() == 0:
                 continue
@@ -199,6 +202,12 @@ class Spec:
             if self.max_value and max(-low, high) > self.max_value:
                 raise Refused("range", f"{name}: {max(-low, high):.3g} > {self.max_value:g}")
         object.__setattr__(update, "_passed", self)
+
+    def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        wanted, _ = self.tensors[name]
+        if not self.tail or name != next(reversed(self.tensors)):
+            return shape == wanted
+        return len(shape) == len(wanted) == 1 and 0 <= shape[0] - wanted[0] <= self.tail
 
 
 def pack(tree: Tree) -> bytes:

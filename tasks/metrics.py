@@ -2,32 +2,60 @@
 
 Law: `a + b` is a commutative monoid, `to_vector` commutes with it, `value` comes last. So a metric
 of pooled data equals the metric of merged sites, and statistics pass through a secure sum or noise.
+In simulation each patient's own numbers may go along (`rows`), for exact ranks and paired comparison.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+MISSING = -(2.0**90)
+"""Stands for NaN in a vector, which holds finite numbers only."""
+
+
+def _no_rows() -> Tensor:
+    return torch.zeros(0, 0, dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Statistics(ABC):
-    """A record of float64 tensors that add field by field."""
+    """A record of float64 tensors that add field by field (a field of another type is a setting).
+
+    Attributes:
+        rows: `N x W` float64, the patients one by one, in no order: `columns` names the values, the first is
+            the patient's `code`, NaN is a missing one. They are appended where sums are added, and come
+            last in a vector. Only simulated sites tell them.
+    """
+
+    rows: Tensor = field(default_factory=_no_rows, kw_only=True)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a row holds; none where this kind keeps no rows."""
+        return ()
+
+    def sums(self) -> dict[str, Tensor]:
+        """By name, in the order of the vector."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rows"}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def __add__(self, other: Self) -> Self:
         if type(other) is not type(self):
             return NotImplemented
-        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        sums: dict[str, Any] = {n: value + getattr(other, n) for n, value in self.sums().items()}
+        return replace(self, **sums, rows=torch.cat([self.rows, other.rows]))
 
     def to_vector(self) -> Tensor:
-        """All fields, flattened in order: float64 of fixed length."""
-        return torch.cat([getattr(self, f.name).double().reshape(-1) for f in fields(self)])
+        """All sums, flattened in order, then the rows: float64, without rows of fixed length."""
+        rows = torch.where(self.rows.isnan(), MISSING, self.rows)
+        return torch.cat([t.double().reshape(-1) for t in (*self.sums().values(), rows)])
 
     def from_vector(self, vector: Tensor) -> Self:
         """The statistics of this kind and these shapes that `vector` holds.
@@ -35,13 +63,28 @@ class Statistics(ABC):
         Raises:
             ValueError: wrong length.
         """
-        sizes = [getattr(self, f.name).numel() for f in fields(self)]
-        if vector.shape != (sum(sizes),):
-            raise ValueError(f"statistics vector has shape {tuple(vector.shape)}; need ({sum(sizes)},)")
-        parts = torch.split(vector.double(), sizes)
-        return type(self)(
-            *(part.reshape(getattr(self, f.name).shape) for part, f in zip(parts, fields(self), strict=True))
-        )
+        sums, width = self.sums(), self.rows.shape[1]
+        size = sum(t.numel() for t in sums.values())
+        rest = vector.numel() - size
+        if vector.ndim != 1 or rest < 0 or rest % width if width else rest:
+            more = f" and rows of {width}" if width else ""
+            raise ValueError(f"statistics vector has shape {tuple(vector.shape)}; need ({size},){more}")
+        *parts, tail = torch.split(vector.double(), [*(t.numel() for t in sums.values()), rest])
+        made: dict[str, Any] = {n: p.reshape(t.shape) for p, (n, t) in zip(parts, sums.items(), strict=True)}
+        rows = tail.reshape(-1, width) if width else self.rows
+        return replace(self, **made, rows=torch.where(rows == MISSING, torch.nan, rows))
+
+    def alone(self) -> Self:
+        """The sums without the rows: all that a hospital tells."""
+        return replace(self, rows=self.rows[:0])
+
+    def cells(self) -> Tensor:
+        """How many patients stand behind each mean or share in `value`; 0 where there is none."""
+        return torch.tensor([float(self.patients)], dtype=torch.float64)
+
+    def guarded(self, minimum: int) -> Self:
+        """Without what a site may leave out by itself because fewer patients stand behind it."""
+        return self
 
     @abstractmethod
     def value(self) -> dict[str, float]:
@@ -53,6 +96,11 @@ class Statistics(ABC):
         """How many patients stand behind it."""
 
 
+def code(patient: str) -> float:
+    """A number for a patient's pseudonymous key, the same in every run: 52 bits of its SHA-256."""
+    return float(int(hashlib.sha256(patient.encode()).hexdigest()[:13], 16))
+
+
 #: normal quantile of a two-sided 95 % interval
 Z95 = 1.959964
 
@@ -61,156 +109,3 @@ def interval(total: float, squares: float, n: float) -> float:
     """Half width of the normal 95 % interval of a mean, from the sums of values and squares; n >= 2."""
     variance = max(0.0, squares - total * total / n) / (n - 1)
     return Z95 * math.sqrt(variance / n)
-
-
-@dataclass(frozen=True)
-class SegmentationStatistics(Statistics):
-    """Overlap per foreground class, summed over patients (a patient's value: the mean over its cases).
-
-    A class that is empty in truth and prediction is left out for that patient and counted in `empty`.
-    All float64; `K` foreground classes.
-
-    Attributes:
-        count: scalar, patients.
-        present, empty: K, patients in whom the class counts, and in whom it does not.
-        dice, dice_squared, iou: K, sums over the patients in `present`.
-        volume, volume_absolute: K, sums of predicted minus true volume in ml (0 entries in 2D).
-        some, mean, mean_squared: scalars, patients with any class present; sums of their mean Dice.
-    """
-
-    count: Tensor
-    present: Tensor
-    empty: Tensor
-    dice: Tensor
-    dice_squared: Tensor
-    iou: Tensor
-    volume: Tensor
-    volume_absolute: Tensor
-    some: Tensor
-    mean: Tensor
-    mean_squared: Tensor
-
-    @classmethod
-    def zero(cls, classes: int, dimensions: int) -> Self:
-        """The zero for `classes` foreground classes."""
-        per_class = torch.zeros(classes, dtype=torch.float64)
-        volume = torch.zeros(classes if dimensions == 3 else 0, dtype=torch.float64)
-        scalar = torch.zeros((), dtype=torch.float64)
-        return cls(
-            count=scalar,
-            present=per_class,
-            empty=per_class,
-            dice=per_class,
-            dice_squared=per_class,
-            iou=per_class,
-            volume=volume,
-            volume_absolute=volume,
-            some=scalar,
-            mean=scalar,
-            mean_squared=scalar,
-        )
-
-    @classmethod
-    def of_patient(cls, cases: Sequence[tuple[Tensor, Tensor, Sequence[float]]], classes: int) -> Self:
-        """One patient's statistics.
-
-        Args:
-            cases: truth and prediction (`HW[D]` of class indices) on one grid, and its spacing in mm.
-            classes: foreground classes.
-
-        Raises:
-            ValueError: truth and prediction differ in shape, or hold a class that is not there.
-        """
-        dimensions = len(cases[0][2]) if cases else 3
-        zero = cls.zero(classes, dimensions)
-        if not cases:
-            return zero
-        rows = torch.stack([_overlap(truth, given, mm, classes) for truth, given, mm in cases])
-        there = ~rows[..., 0].isnan()  # cases x K
-        present = there.any(0).double()
-        dice, iou, volume, absolute = (rows.nan_to_num(0).sum(0) / there.sum(0).clamp_min(1)[:, None]).unbind(
-            1
-        )
-        some = present.amax()
-        mean = dice.sum() / present.sum().clamp_min(1)
-        return cls(
-            count=torch.ones((), dtype=torch.float64),
-            present=present,
-            empty=1 - present,
-            dice=dice,
-            dice_squared=dice**2,
-            iou=iou,
-            volume=volume if dimensions == 3 else zero.volume,
-            volume_absolute=absolute if dimensions == 3 else zero.volume,
-            some=some,
-            mean=mean,
-            mean_squared=mean**2,
-        )
-
-    @property
-    def patients(self) -> int:
-        """How many patients were scored."""
-        return round(float(self.count))
-
-    def value(self) -> dict[str, float]:
-        """Flat metrics; a class no patient has is absent, as are intervals of fewer than two patients.
-
-        `dice_<k>`, `iou_<k>` (k from 1): mean over patients; `dice_mean`, `iou_mean`: mean of those
-        over classes. `volume_error_ml_<k>`, `volume_error_abs_ml_<k>`: mean error and mean absolute
-        error. `empty_<k>`: patients left out. `_lo`, `_hi`: normal 95 % interval of the mean.
-        """
-        found: dict[str, float] = {}
-        classes = range(len(self.present))
-        means: dict[str, list[float]] = {"dice": [], "iou": []}
-        for k in classes:
-            found[f"empty_{k + 1}"] = float(self.empty[k])
-            n = float(self.present[k])
-            if n <= 0:
-                continue
-            for name in means:
-                mean = float(getattr(self, name)[k]) / n
-                found[f"{name}_{k + 1}"] = mean
-                means[name].append(mean)
-            if n >= 2:
-                half = interval(float(self.dice[k]), float(self.dice_squared[k]), n)
-                _around(found, f"dice_{k + 1}", half)
-            if len(self.volume):
-                found[f"volume_error_ml_{k + 1}"] = float(self.volume[k]) / n
-                found[f"volume_error_abs_ml_{k + 1}"] = float(self.volume_absolute[k]) / n
-        if means["dice"]:
-            for name, values in means.items():
-                found[f"{name}_mean"] = sum(values) / len(values)
-            if float(self.some) >= 2:
-                _around(
-                    found, "dice_mean", interval(float(self.mean), float(self.mean_squared), float(self.some))
-                )
-        return found
-
-
-def _around(found: dict[str, float], name: str, half: float) -> None:
-    """Add the interval of an overlap, which lies between 0 and 1."""
-    found[f"{name}_lo"] = max(0.0, found[name] - half)
-    found[f"{name}_hi"] = min(1.0, found[name] + half)
-
-
-def _overlap(truth: Tensor, given: Tensor, spacing: Sequence[float], classes: int) -> Tensor:
-    """Per foreground class: Dice, IoU, volume error and its size in ml; `K x 4` float64, NaN where empty."""
-    if truth.shape != given.shape:
-        raise ValueError(f"prediction has shape {tuple(given.shape)}; the truth has {tuple(truth.shape)}")
-    n = classes + 1
-    if max(int(truth.max()), int(given.max())) >= n:
-        raise ValueError(
-            f"a mask holds class {max(int(truth.max()), int(given.max()))}; classes are 0 to {classes}"
-        )
-    pairs = torch.bincount(truth.flatten().long() * n + given.flatten().long(), minlength=n * n)
-    table = pairs.view(n, n).cpu().double()
-    both = table.diagonal()[1:]
-    true, said = table.sum(1)[1:], table.sum(0)[1:]
-    ml = math.prod(spacing) / 1000
-    empty = (true + said) == 0
-    rows = torch.stack(
-        [2 * both / (true + said), both / (true + said - both), (said - true) * ml, (said - true).abs() * ml],
-        1,
-    )
-    rows[empty] = torch.nan
-    return rows

@@ -16,9 +16,10 @@ from tasks.data.fingerprint import Survey
 from tasks.data.resample import grid, hardest, resample, resample_mask
 from tasks.imaging import Classes, ImageTask, Label, Millimetres, Share, Sides
 from tasks.losses import LOSSES
-from tasks.metrics import SegmentationStatistics, Statistics
+from tasks.metrics import Statistics
 from tasks.models import MODELS
 from tasks.predict import sliding_window
+from tasks.scoring.overlap import SegmentationStatistics
 from tasks.supervision import deep, marginal
 from tasks.trivial import Atlas, Constant
 
@@ -173,7 +174,7 @@ class Segmentation(ImageTask):
         ]
         if not pairs:
             return self.statistics()
-        return SegmentationStatistics.of_patient(pairs, len(self.classes) - 1)
+        return SegmentationStatistics.of_patient(cases[0].patient, pairs, len(self.classes) - 1)
 
     def _judged(self, case: Case, masks: Mapping[str, Tensor]) -> Tensor:
         """Without the classes that nobody looked for in this case: they are neither right nor wrong."""

@@ -307,7 +307,7 @@ class _Asking:
         reply: Reply | None = None
         try:
             reply = Reply.from_tree(unpack(answer.reply))
-            update = accepted(reply, job.site, ask.spec)
+            update = accepted(reply, job.site, replace(ask.spec, tail=0))  # hospitals tell sums alone
         except Refused as refusal:
             own = reply.body if reply is not None and isinstance(reply.body, Failure) else None
             self.fail(job, own or Failure(refusal.code))
