@@ -17,6 +17,7 @@ from tasks.base import Batch, Phase
 from tasks.models import GRADIENTS, MODELS, NETWORKS
 from tasks.networks.norms import Standardised, swap_norms
 from tasks.networks.trunk import Trunk
+from tasks.networks.vit import Block, places
 
 SIDE = 32
 SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -29,6 +30,14 @@ ENTRIES = [(name, d) for name in VECTOR for d in NETWORKS[name].dimensions]
 #: settings that make an entry small enough to be tried often
 TINY: dict[str, dict[str, Any]] = {
     "resnet": {"channels": [8, 8, 8, 16]},
+    "ws_resnet": {"channels": [6, 8], "blocks": [1, 1], "groups": 2},
+    "senet": {"channels": [8, 8, 8, 16], "squeeze": 2},
+    "densenet": {"stem": 4, "growth": 4, "blocks": [1, 2]},
+    "efficientnet": {"width": 0.1, "depth": 0.1},
+    "inception": {"channels": [4, 8, 8]},
+    "vgg": {"channels": [4, 6, 8], "hidden": [6], "groups": 2},
+    "alexnet": {"channels": [4, 6, 6, 6, 4], "hidden": [8, 6]},
+    "vit": {"width": 12, "heads": 2, "depth": 2, "inner": 12, "patch": 16},
     "lenet": {"channels": [3, 4], "hidden": [8, 6], "cells": 2},
     "convnet": {"channels": [4, 6, 8]},
     "mlp": {"channels": [8, 6]},
@@ -180,3 +189,43 @@ def test_standardised_filters(dimensions: int) -> None:
     torch.testing.assert_close(layer(x), convolve(x, wanted, layer.bias, 2, 1), rtol=1e-5, atol=1e-5)
     layer.weight.data = 7 * plain.weight.data + 2
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+# ---- layers of our own
+
+
+def test_a_transformer_block_is_torchs() -> None:
+    torch.manual_seed(0)
+    ours = Block(24, 4, 36).double()
+    oracle = nn.TransformerEncoderLayer(
+        24, 4, 36, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    ).double()
+    names = {
+        "self_attn.in_proj_weight": "ask.weight",
+        "self_attn.in_proj_bias": "ask.bias",
+        "self_attn.out_proj.": "join.",
+        "linear1.": "each.0.",
+        "linear2.": "each.2.",
+    }
+    weights = ours.state_dict()
+    for name, tensor in oracle.state_dict().items():
+        theirs = next((name.replace(k, v) for k, v in names.items() if name.startswith(k)), name)
+        tensor.copy_(weights[theirs])
+    x = torch.randn(3, 7, 24, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), oracle(x))
+
+
+def test_places_of_tokens_differ_and_lie_on_their_axes() -> None:
+    found = places(torch.Size((3, 4)), torch.zeros(1, 12, 24, dtype=torch.float64)).view(3, 4, 24)
+    assert (torch.cdist(found.flatten(0, 1), found.flatten(0, 1)) + torch.eye(12)).min() > 0.1
+    assert torch.equal(found[2, 0, :12], found[2, 3, :12])
+    assert torch.equal(found[0, 2, 12:], found[1, 2, 12:])
+    rate = 1e4 ** (-1 / 6)
+    torch.testing.assert_close(found[2, 0, 1], torch.tensor(2 * rate).double().sin())
+
+
+def test_levels_that_do_not_pair_up_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.blocks has 1 levels and model\.channels 2"):
+        tiny("ws_resnet", 2, blocks=[1])
+    with pytest.raises(ValueError, match=r"model\.heads is 5; it must divide model\.width, which is 12"):
+        tiny("vit", 2, heads=5)
