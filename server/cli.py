@@ -123,6 +123,25 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="folds, repeats, other methods")],
+    metric: Annotated[str | None, typer.Option(help="what is compared, such as auroc or dice_1")] = None,
+    plain: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Summarise runs over the same patients: means over folds, paired intervals of differences."""
+    from server.compare.summary import compare as summarise
+    from server.compare.summary import show
+
+    made = summarise(runs, metric)
+    if plain:
+        import json
+
+        typer.echo(json.dumps(made.plain(), allow_nan=False))
+        return
+    show(made)
+
+
+@app.command()
 def serve(
     folder: Folder,
     port: Annotated[int, typer.Option(min=1, max=65535, help="of SuperLink, on 127.0.0.1")] = 9000,

@@ -93,7 +93,7 @@ def results(found: Sequence[Record], metric: str | None = None) -> Results:
     }
     sites = sorted({site for _, site in last} - {"all"})
     columns = [*sites, "all"]
-    models = sorted({model for model, _ in last}, key=_place)
+    models = sorted({model for model, _ in last}, key=place)
     return Results(
         metric=metric,
         split=split,
@@ -152,7 +152,8 @@ def show(run: Path, *, metric: str | None = None, markdown: bool = False) -> Non
         typer.echo(line)
 
 
-def _place(model: str) -> tuple[int, str]:
+def place(model: str) -> tuple[int, str]:
+    """The key by which rows are sorted."""
     kind = model.partition(":")[0]
     return (MODELS.index(kind) if kind in MODELS else len(MODELS), model)
 
