@@ -68,3 +68,16 @@ MODELS = Table("model", {name: entry.builder for name, entry in NETWORKS.items()
 
 #: what `Network.gradients` says, by name
 GRADIENTS = {name: entry.gradients for name, entry in NETWORKS.items()}
+
+#: pools over the instances of a bag, `B N F` and a mask `B N` to `B features`; each is told `features`
+POOLS = Table(
+    "pool",
+    {
+        "mean": "tasks.networks.pooling:mean",
+        "maximum": "tasks.networks.pooling:maximum",
+        "attention": "tasks.networks.pooling:attention",
+        "gated_attention": "tasks.networks.pooling:gated_attention",
+        "quantiles": "tasks.networks.pooling:quantiles",
+        "lstm": "tasks.networks.pooling:lstm",
+    },
+)
