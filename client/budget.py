@@ -16,7 +16,7 @@ class Budget(Frozen):
 
     Attributes:
         epsilon, delta: (ε, δ) of everything ever released, one patient more or less. min_sigma: least noise,
-            in units of what one patient can move. max_q: most of the patients in a step, as a share.
+            in units of what one patient can move. max_q: most of the patients in a training step, as a share.
         purposes: ε of what serves one purpose, where that is to be less than all.
     """
 

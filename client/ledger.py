@@ -219,7 +219,7 @@ class Ledger:
         place = f"site.yaml privacy.{population}"
         if entry.sigma < budget.min_sigma:
             raise Stop(Exit.BUDGET, f"sigma is {entry.sigma:g}; {place}.min_sigma is {budget.min_sigma:g}")
-        if entry.q > budget.max_q:
+        if purpose == "training" and entry.q > budget.max_q:
             raise Stop(Exit.BUDGET, f"q is {entry.q:g}; {place}.max_q is {budget.max_q:g}")
         limits = {"": (budget.epsilon, "epsilon")}
         if (part := budget.purposes.get(purpose)) is not None:

@@ -15,13 +15,14 @@ class Policy(Frozen):
 
     Attributes:
         tasks, models: allowed names; None allows every installed one.
-        statistics: what may leave of evaluations. minimum_cell: fewest patients behind any statistic.
+        statistics: what may leave of evaluations; `noised`: only under noise, charged to the ledger.
+        minimum_cell: fewest patients behind any exact statistic.
         privacy: whether plans without differential privacy are refused.
     """
 
     tasks: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
-    statistics: Literal["none", "exact"] = "exact"
+    statistics: Literal["none", "noised", "exact"] = "exact"
     minimum_cell: int = Field(10, ge=1)
     privacy: Literal["optional", "required"] = "optional"
 
@@ -38,15 +39,30 @@ class Policy(Frozen):
         if self.privacy == "required" and plan.privacy.mode == "none":
             raise Refused("policy", "without differential privacy")
 
+    def within(self, plan: Plan) -> Policy:
+        """The rules for one plan: of a private run nothing exact leaves a hospital."""
+        if plan.privacy.mode == "none" or self.statistics != "exact":
+            return self
+        return self.model_copy(update={"statistics": "noised"})
+
     def release(self, patients: int) -> None:
-        """Let a statistic over so many patients leave.
+        """Let an exact statistic over so many patients leave.
 
         Raises:
             Refused: (`policy`, `data`).
         """
-        if self.statistics == "none":
-            raise Refused("policy", "statistics stay home")
+        if self.statistics != "exact":
+            raise Refused("policy", "exact statistics stay home")
         if patients == 0:
             raise Refused("data", "no patient")
         if patients < self.minimum_cell:
             raise Refused("policy", f"{patients} patients, minimum cell {self.minimum_cell}")
+
+    def release_noised(self) -> None:
+        """Let a noised statistic leave, over however many patients: noise hides them, a refusal would not.
+
+        Raises:
+            Refused: (`policy`).
+        """
+        if self.statistics == "none":
+            raise Refused("policy", "statistics stay home")

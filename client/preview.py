@@ -19,6 +19,7 @@ from client.policy import Policy
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Study
+from strategies.privacy.metrics import covers
 from strategies.protocol import Refused, Reply, Spec, Update, pack
 from tasks.data.fingerprint import CELLS, Fingerprint
 
@@ -77,7 +78,7 @@ def preview(site: str, plan: Plan, archive: Archive, policy: Policy) -> Preview:
     return Preview(
         _refusal(lambda: policy.check(plan)),
         tuple(
-            _stage(site, name, times, strategy.spec(study, name), study, archive, policy)
+            _stage(site, name, times, strategy.spec(study, name), study, archive, policy.within(plan))
             for name, times in strategy.stages(study).items()
         ),
         tuple((name, tensor.numel()) for name, tensor in statistics.sums().items()),
@@ -91,6 +92,8 @@ def _stage(
     split = detail.rpartition("/")[2] if kind == "evaluate" else "train"
     patients = len(archive.patients(split))
     refused = "" if kind == "train" and patients else _refusal(lambda: policy.release(patients))
+    if covers(study.plan, detail.partition("/")[0]):
+        refused = _refusal(policy.release_noised)
     if kind == "fingerprint" and not refused:
         found = fingerprint(study.task.survey(), archive, policy, lambda: None)
         (only,) = spec.tensors

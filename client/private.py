@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from client.budget import Purpose
 from client.ledger import Ledger, Reservation
 from client.step import Stepper, precision
 from conf.schema import Plan
@@ -92,7 +93,7 @@ class Charges:
     """What one instruction reserves in the site's ledger.
 
     Attributes:
-        rounds: how many the run has left, this one included: the ledger prices them once.
+        rounds: how many the run has left, this one included: near the limit they are priced once.
     """
 
     ledger: Ledger
@@ -100,14 +101,14 @@ class Charges:
     rounds: int
     made: list[Reservation] = field(default_factory=list)
 
-    def __call__(self, mechanism: Mechanism, steps: int) -> None:
-        """Reserve so many steps, durably, before the first.
+    def __call__(self, entry: accountant.Entry, purpose: Purpose) -> None:
+        """Reserve a release, durably, before its first step.
 
         Raises:
             Stop: (`BUDGET`) the hospital's limits do not allow it.
         """
-        entry = accountant.Entry(mechanism.sigma, mechanism.rate, steps)
-        self.made.append(self.ledger.reserve(entry, run=self.run, whole=steps * self.rounds))
+        whole = entry.steps * self.rounds
+        self.made.append(self.ledger.reserve(entry, run=self.run, purpose=purpose, whole=whole))
 
     def settle(self) -> None:
         """The release was made."""

@@ -93,8 +93,8 @@ class Site:
     Attributes:
         folder: the site's own files (state, replies, incidents). code: digest of the code that runs here.
         durable: keep every reply before it leaves (deployed). Simulated sites may also tell exact metrics
-            of a private run, which no noise covers, and each patient's own scores; a deployed one keeps
-            them home.
+            of a private run, which no noise covers, and each patient's own scores; a deployed one never
+            does.
         ledger: the privacy account; without one nothing private is trained.
         audit: log of what was asked and what left (deployed): nothing leaves before it stands there.
     """
@@ -159,10 +159,8 @@ class Site:
             return given
         state = memory.settle(instruction.settled) if strategy.stateful else {}
         archive = self.archive.of(instruction.run)
-        private, policy, charges = plan.privacy.mode != "none", self.policy, None
-        if private and self.durable:
-            policy = policy.model_copy(update={"statistics": "none"})
-        if private and self.ledger is not None:
+        policy, charges = self.policy.within(plan) if self.durable else self.policy, None
+        if plan.privacy.mode != "none" and self.ledger is not None:
             left = plan.federation.rounds - instruction.round + 1
             charges = Charges(self.ledger, instruction.run, left)
         session = Session(

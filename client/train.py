@@ -15,23 +15,27 @@ from torch import Tensor, nn
 
 from client.archive import Archive as Archive
 from client.archive import fingerprint
+from client.budget import Purpose
 from client.policy import Policy
 from client.private import PrivateStepper, draws
 from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, held, precision
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Correct, Strategy, Study, Tensors
+from strategies.privacy import metrics
+from strategies.privacy.accountant import Entry as Spent
 from strategies.privacy.dpsgd import Mechanism
 from strategies.privacy.dpsgd import steps as private_steps
 from strategies.privacy.preflight import check
 from strategies.protocol import Instruction, Refused, Spec, Tree
 from tasks.base import Batch, Case, Phase, Prediction
 from tasks.data.cache import Entry
+from tasks.metrics import Statistics
 from tasks.seeds import generator
 
 Example = Mapping[str, Tensor]
-Charge = Callable[[Mechanism, int], None]
-"""Reserves so many steps of a mechanism in the site's ledger, durably, or raises."""
+Charge = Callable[[Spent, Purpose], None]
+"""Reserves a release in the site's ledger, durably, or raises."""
 
 _STUDIES = 8  # each holds a model's first weights, and a trainer may live for many runs
 
@@ -265,9 +269,8 @@ class Session:
         Raises:
             Refused: (`policy`) this site keeps no ledger. Stop: its budget does not allow it.
         """
-        if self._charge is None:
-            raise Refused("policy", "no privacy ledger")
-        self._charge(Mechanism.of(self.study.plan), steps)
+        mechanism = Mechanism.of(self.study.plan)
+        self._charged(Spent(mechanism.sigma, mechanism.rate, steps), "training")
         return draws(
             self.study.plan,
             self.study.task,
@@ -277,6 +280,11 @@ class Session:
             round=self.round,
             purpose=purpose,
         )
+
+    def _charged(self, entry: Spent, purpose: Purpose) -> None:
+        if self._charge is None:
+            raise Refused("policy", "no privacy ledger")
+        self._charge(entry, purpose)
 
     def loss(self, weights: Tensors) -> float:
         """Mean of the first private phase's loss over as many batches as hold every training patient.
@@ -308,8 +316,9 @@ class Session:
             Refused: (`policy`, `data`) too few patients, or statistics stay home.
         """
         model = self._load(weights).eval()
+        noised = metrics.covers(self.study.plan, str(self.common.get("kind")))
         with torch.no_grad():
-            return self._statistics(split, lambda case: self.study.task.predict(model, case))
+            return self._statistics(split, lambda case: self.study.task.predict(model, case), noised=noised)
 
     def score_sums(self, name: str, known: Tensors, split: str) -> Tensor:
         """Summed statistics of a predictor by sums on a split: float64."""
@@ -333,15 +342,23 @@ class Session:
         made = fingerprint(self.study.task.survey(), self._archive, self._policy, self._bench.halt)
         return made.to_vector()
 
-    def _statistics(self, split: str, predict: Callable[[Case], Prediction]) -> Tensor:
-        patients = self._archive.patients(split)
-        self._policy.release(len(patients))
-        total = self.study.task.statistics()
-        for entries in patients.values():
+    def _statistics(
+        self, split: str, predict: Callable[[Case], Prediction], *, noised: bool = False
+    ) -> Tensor:
+        patients, task = self._archive.patients(split), self.study.task
+
+        def scored(entries: Sequence[Entry]) -> Statistics:
             self._bench.halt()
             cases = [self._archive.load(entry) for entry in entries]
-            total = total + self.study.task.score(cases, [predict(case) for case in cases])
-        total = total.guarded(self._policy.minimum_cell)
+            return task.score(cases, [predict(case) for case in cases])
+
+        each = (scored(entries) for entries in patients.values())
+        if noised:
+            self._policy.release_noised()
+            self._charged(metrics.entry(self.study.plan), "metrics")
+            return metrics.release(each, task.statistics(), self.study.plan.privacy.metrics_sigma)
+        self._policy.release(len(patients))
+        total = sum(each, task.statistics()).guarded(self._policy.minimum_cell)
         for behind in total.cells().tolist():
             if behind:
                 self._policy.release(round(behind))

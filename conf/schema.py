@@ -103,6 +103,12 @@ class Privacy(Frozen):
     )
     examples: int = Field(1, ge=1, le=4096, description="examples of a patient in a step; their mean counts")
     delta: float = Field(1e-5, gt=0, lt=1)
+    metrics: Literal["home", "noised"] = Field(
+        "home", description="scores of real sites; simulated ones tell exact metrics where it is home"
+    )
+    metrics_sigma: float = Field(
+        0.0, ge=0, le=10_000, description="noise of an evaluation, in units of what one patient can move"
+    )
 
 
 class Federation(Frozen):
@@ -149,6 +155,11 @@ class Plan(Frozen):
             sigma, epsilon = self.privacy.sigma, self.privacy.epsilon
             raise ValueError(
                 f"privacy.sigma is {sigma:g} and privacy.epsilon {epsilon:g}; give one: the other follows"
+            )
+        if (self.privacy.metrics == "noised") != (self.privacy.metrics_sigma > 0):
+            raise ValueError(
+                f"privacy.metrics is {self.privacy.metrics!r} and privacy.metrics_sigma "
+                f"{self.privacy.metrics_sigma:g}; noised metrics, and they alone, need a noise above 0"
             )
         size, nominal, weight = self.local.batch_size, self.privacy.nominal_patients, self.federation.weight
         if not size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from conf.files import no_space, write_atomic
+from conf.schema import Plan
 from strategies.exact import Collect, Collected
+from strategies.privacy.metrics import covers, told
 from tasks.metrics import Statistics
 
 Line = dict[str, Any]
+_HEAD = ("round", "split", "model", "site", "patients")
 
 
 class Metrics:
@@ -23,8 +27,8 @@ class Metrics:
 
     fold = Collect()
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self._path, self._plan = path, plan
         self._lines: list[Line] = []
         if path.exists():
             self._lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -50,14 +54,15 @@ class Metrics:
         Patients' own scores, where sites tell them, go to `scores/`: the latest of each model and split.
         """
         lines, total, counts = [], zero, []
+        line = _noised_line if covers(self._plan, model) else _line
         for site in collected.rows:
             statistics = zero.from_vector(collected.answer(site)["statistics/sum"])
             counts.append(len(statistics.rows))
             total = total + statistics
             name = f"{model}:{site}" if model == "personal" else model
-            lines.append(_line(statistics, round, split, name, site))
+            lines.append(line(statistics, round, split, name, site))
         if lines:
-            lines.append(_line(total, round, split, model, "all"))
+            lines.append(line(total, round, split, model, "all"))
         if any(counts):
             about = {"round": round, "split": split, "model": model, "sites": list(collected.rows)}
             self._keep(total, torch.tensor(counts), about)
@@ -78,3 +83,13 @@ class Metrics:
 def _line(statistics: Statistics, round: int, split: str, model: str, site: str) -> Line:
     head = {"round": round, "split": split, "model": model, "site": site, "patients": statistics.patients}
     return head | {name: float(value) for name, value in statistics.value().items()}
+
+
+def _noised_line(statistics: Statistics, round: int, split: str, model: str, site: str) -> Line:
+    """The same of noised sums: no metric of what stayed home, and no interval, which knows no noise."""
+    line = _line(statistics, round, split, model, site)
+    line["patients"] = max(0, statistics.patients)
+    known = {
+        n for n, v in told(statistics).value().items() if math.isfinite(v) and n[-3:] not in ("_lo", "_hi")
+    }
+    return {n: v for n, v in line.items() if n in known or n in _HEAD}

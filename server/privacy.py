@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,19 @@ from conf.files import no_space, write_atomic
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Study
+from strategies.privacy import metrics
 from strategies.privacy.accountant import Entry, across, calibrate, merged, prv, replace_one
 from strategies.privacy.dpsgd import steps
 
 #: what stands beside the noised updates, in a simulation and in a deployed run
-_SIMULATED = (
+_EXACT = (
     "metrics, and the sums behind trivial rows, are exact: they are not accounted for (simulation only)",
     "choosing a round or a setting by those metrics is not accounted for",
+)
+_NOISED = (
+    "metrics are noised and accounted for; trivial rows and baselines are exact and not (simulation only)",
+)
+_SIMULATED = (
     "baselines are trained for comparison and are no part of this promise",
     "what data.plan=auto counted before the run is exact and not accounted for",
 )
@@ -30,7 +36,7 @@ _DEPLOYED = (
 
 
 def calibrated(plan: Plan) -> Plan:
-    """The plan with the least noise whose ε, over every round it has, is what it asks for.
+    """The plan with the least noise whose ε, over every round and evaluation it has, is what it asks for.
 
     A round that has to be tried again costs more than planned: the ledgers know, and so does `statement`.
 
@@ -43,8 +49,9 @@ def calibrated(plan: Plan) -> Plan:
     study, strategy = Study.of(plan), build_strategy(plan)
     whole = plan.federation.rounds * strategy.fits * steps(plan, study.task.phases)
     rate = plan.local.batch_size / privacy.nominal_patients
+    scores = [metrics.entry(plan, times)] if (times := metrics.planned(plan, strategy)) else []
     try:
-        sigma = calibrate(privacy.epsilon, privacy.delta, whole, rate)
+        sigma = calibrate(privacy.epsilon, privacy.delta, whole, rate, scores)
     except ValueError as error:
         raise Stop(Exit.CONFIG, f"privacy.epsilon is {privacy.epsilon:g}: {error}") from None
     found = privacy.model_copy(update={"sigma": sigma, "epsilon": 0.0})
@@ -58,15 +65,27 @@ def charges(plan: Plan, journal: Path) -> dict[str, list[Entry]]:
         journal: the run's `journal.jsonl`.
     """
     study, strategy = Study.of(plan), build_strategy(plan)
+    rate = plan.local.batch_size / plan.privacy.nominal_patients
+    training = Entry(plan.privacy.sigma, rate, strategy.fits * steps(plan, study.task.phases))
+
+    def price(stage: str) -> Entry | None:
+        kind, _, detail = stage.partition("/")
+        if kind == "train":
+            return training
+        scored = kind == "evaluate" and metrics.covers(plan, detail.partition("/")[0])
+        return metrics.entry(plan) if scored else None
+
     seen = {
         (site, line["round"], line["attempt"], line["stage"])
         for line in map(json.loads, journal.read_text().splitlines())
-        if str(line.get("stage", "")).partition("/")[0] == "train"
         for site in line.get("answered", [line.get("site")])
+        if "stage" in line
     }
-    rate = plan.local.batch_size / plan.privacy.nominal_patients
-    one = Entry(plan.privacy.sigma, rate, strategy.fits * steps(plan, study.task.phases))
-    return {site: [one] * times for site, times in Counter(site for site, *_ in seen).items()}
+    made = defaultdict[str, list[Entry]](list)
+    for site, _, _, stage in sorted(seen):
+        if (entry := price(stage)) is not None:
+            made[site].append(entry)
+    return dict(made)
 
 
 def statement(
@@ -82,6 +101,7 @@ def statement(
     kinds = {merged(found) for found in entries.values()}
     add_remove = {kind: prv(kind, delta) for kind in kinds}
     replaced = {kind: replace_one(kind, delta) for kind in kinds}
+    exact = _NOISED if plan.privacy.metrics == "noised" else _EXACT
     by_site = {name: add_remove[merged(found)] for name, found in entries.items()}
     return {
         "unit": "patient, at one hospital",
@@ -95,7 +115,7 @@ def statement(
             name: [{"sigma": e.sigma, "q": e.q, "steps": e.steps} for e in merged(found)]
             for name, found in sorted(entries.items())
         },
-        "not_covered": list(_DEPLOYED if deployed else _SIMULATED),
+        "not_covered": list(_DEPLOYED) if deployed else [*exact, *_SIMULATED],
     }
 
 

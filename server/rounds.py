@@ -58,7 +58,7 @@ class Run:
             raise Stop(Exit.CONFIG, f"{asked} sites would be asked in a round; {room}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder / "journal.jsonl")
-        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.metrics = Metrics(self.folder / "metrics.jsonl", self.study.plan)
         found, damaged = latest(self.folder / "checkpoints")
         self.warnings += [f"checkpoint {text} is damaged; going on from the one before" for text in damaged]
         self.progress = found or Progress(

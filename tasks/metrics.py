@@ -95,6 +95,17 @@ class Statistics(ABC):
     def patients(self) -> int:
         """How many patients stand behind it."""
 
+    def bounds(self) -> dict[str, float]:
+        """For each field the largest L2 norm that one patient's can have; 0: it stays home under DP.
+
+        Noise is in proportion to these, times the root of how many fields leave: leave out what can be done
+        without (squares, which serve intervals), or has no bound.
+
+        Raises:
+            ValueError: they are not known, and so these statistics cannot be noised.
+        """
+        raise ValueError(f"{type(self).__name__} knows no bound of what one patient adds")
+
 
 def code(patient: str) -> float:
     """A number for a patient's pseudonymous key, the same in every run: 52 bits of its SHA-256."""

@@ -44,6 +44,9 @@ class MeanLoss(Statistics):
     def patients(self) -> int:
         return int(self.count)
 
+    def bounds(self) -> dict[str, float]:
+        return {"loss": 4.0, "count": 1.0}
+
 
 @dataclass(frozen=True)
 class MeanTarget(Summed):

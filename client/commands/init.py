@@ -34,7 +34,7 @@ ledger: ledger.jsonl  # what was released about the patients: wardround-site led
 
 # policy:             # what the coordinator may ask for
 #   tasks: [segmentation]             # default: every installed one
-#   statistics: exact                 # or none: scores stay home
+#   statistics: exact                 # noised: only under noise, charged; none: scores stay home
 #   minimum_cell: 10                  # fewest patients behind any number that leaves
 #   privacy: optional                 # or required: no plan without differential privacy
 

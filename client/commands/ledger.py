@@ -70,6 +70,10 @@ def price(
     delta: Annotated[float, typer.Option(help="δ")],
     sigma: Sigma = None,
     epsilon: Annotated[float | None, typer.Option(help="instead of sigma: the ε to stay within")] = None,
+    evaluations: Annotated[
+        int, typer.Option(help="noised scores of a model on a split, of all patients")
+    ] = 0,
+    metrics_sigma: Annotated[float, typer.Option(help="their noise")] = 0.0,
 ) -> None:
     """Print what steps cost (PRV, one patient more or less), or the least noise for an ε. Needs no site."""
     if (sigma is None) == (epsilon is None):
@@ -79,10 +83,11 @@ def price(
     from strategies.privacy.accountant import calibrate, prv, rdp, replace_one
 
     try:
+        scores = [_entry(metrics_sigma, 1.0, evaluations)] if evaluations else []
         if sigma is None:
-            sigma = calibrate(epsilon or 0.0, delta, steps, q)
+            sigma = calibrate(epsilon or 0.0, delta, steps, q, scores)
             typer.echo(f"sigma={sigma:.3f}")
-        entries = [_entry(sigma, q, steps)]
+        entries = [_entry(sigma, q, steps), *scores]
         found = prv(entries, delta)
         typer.echo(f"epsilon={found:.4f}")
         typer.echo(f"replace_one={replace_one(entries, delta):.4f}")

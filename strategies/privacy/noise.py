@@ -15,7 +15,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from torch import Tensor
 
-#: values made at a time; they stay in a core's cache
+#: values made at a time, at most; they stay in a core's cache
 _BLOCK = 2**14
 
 
@@ -26,8 +26,8 @@ def normal(count: int) -> Tensor:
     where float32 would end at 5.8.
     """
     made = torch.empty(count, dtype=torch.float64)
-    stream = _Stream()
-    half = _BLOCK // 2
+    half = min(_BLOCK, count + 1) // 2
+    stream = _Stream(2 * half)
     for start in range(0, count, _BLOCK):
         bits = stream.block()
         # (0, 1], so that the logarithm is finite
@@ -41,7 +41,7 @@ def normal(count: int) -> Tensor:
 
 def chosen(count: int, rate: float) -> Tensor:
     """Which of `count` take part: bool, each by itself with probability `rate` (Poisson sampling)."""
-    stream = _Stream()
+    stream = _Stream(min(_BLOCK, count))
     blocks = [_unit(stream.block()) for _ in range(-(-count // _BLOCK))]
     return torch.cat(blocks)[:count] < rate if blocks else torch.zeros(0, dtype=torch.bool)
 
@@ -57,11 +57,11 @@ class _Stream:
     The cipher's counter ends after 256 GiB: 3.4e10 values, of which one call makes a model's size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, words: int) -> None:
         self._cipher = Cipher(algorithms.ChaCha20(os.urandom(32), os.urandom(16)), mode=None).encryptor()
-        self._zeros, self._stream = bytes(8 * _BLOCK), bytearray(8 * _BLOCK)
+        self._zeros, self._stream = bytes(8 * words), bytearray(8 * words)
 
     def block(self) -> Tensor:
-        """`_BLOCK` words of 64 random bits, as int64."""
+        """So many words of 64 random bits, as int64."""
         self._cipher.update_into(self._zeros, self._stream)
         return torch.frombuffer(self._stream, dtype=torch.int64)

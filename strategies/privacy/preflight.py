@@ -32,8 +32,13 @@ def check(plan: Plan, task: Task, model: nn.Module, batch: Batch) -> None:
         batch: two examples, for their shapes and types alone: other values, no patient's, are put in.
 
     Raises:
-        Stop: (`CONFIG`) with the phase, what is wrong and what to change.
+        Stop: (`CONFIG`) with what is wrong, in which phase, and what to change.
     """
+    if plan.privacy.metrics == "noised":
+        try:
+            task.statistics().bounds()
+        except ValueError as error:
+            raise Stop(Exit.CONFIG, f"privacy.metrics is 'noised', but {error}; use home") from None
     if gradients(plan) == "no DP":
         raise Stop(
             Exit.CONFIG,

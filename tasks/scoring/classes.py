@@ -88,6 +88,11 @@ class ClassStatistics(VectorStatistics):
             "brier_squared": brier.square().sum(),
         }
 
+    def bounds(self) -> dict[str, float]:
+        """Of a patient with one row; who has more is scaled down. No calibration: its many bins drown."""
+        leave = {"count": 1.0, "ranks": len(self._ranked) ** 0.5, "confusion": 1.0, "brier": 1.0}
+        return {name: leave.get(name, 0.0) for name in self.sums()}
+
     def cells(self) -> Tensor:
         """Patients, and patients of each class."""
         return torch.cat([self.count[None], self.having])
@@ -185,6 +190,12 @@ class LabelStatistics(VectorStatistics):
             for name, part in parts.items():
                 made.setdefault(name, []).append(part)
         return {name: torch.stack(parts) for name, parts in made.items()}
+
+    def bounds(self) -> dict[str, float]:
+        """Of a patient with one row in whom every label is known; who has more is scaled down."""
+        labels = len(self.having) ** 0.5
+        leave = {"count": 1.0, "ranks": labels, "confusion": labels, "brier": labels}
+        return {name: leave.get(name, 0.0) for name in self.sums()}
 
     def cells(self) -> Tensor:
         """Patients, and patients without and with each label."""

@@ -118,6 +118,12 @@ class SegmentationStatistics(Statistics):
         """How many patients were scored."""
         return round(float(self.count))
 
+    def bounds(self) -> dict[str, float]:
+        """Counts and overlaps, between 0 and 1 for each class; no squares, and no volumes."""
+        classes = math.sqrt(len(self.present))
+        leave = {"count": 1.0, "present": classes, "dice": classes, "iou": classes}
+        return {name: leave.get(name, 0.0) for name in self.sums()}
+
     def value(self) -> dict[str, float]:
         """Flat metrics; a class no patient has is absent, as are intervals of fewer than two patients.
 
@@ -134,7 +140,7 @@ class SegmentationStatistics(Statistics):
             if n <= 0:
                 continue
             for name in means:
-                mean = float(getattr(self, name)[k]) / n
+                mean = min(1.0, max(0.0, float(getattr(self, name)[k]) / n))  # noised sums go beyond
                 found[f"{name}_{k + 1}"] = mean
                 means[name].append(mean)
             if n >= 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,15 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.budget import Budget
 from client.ledger import Ledger
 from client.policy import Policy
 from client.private import draws
 from client.train import Archive, Bench, Charge, Session
 from conf.schema import Plan
+from server.privacy import calibrated, charges
+from strategies import build_strategy
 from strategies.base import Correct, Study, fresh_model
 from strategies.privacy import noise
-from strategies.privacy.accountant import Entry
+from strategies.privacy.accountant import Entry, merged, prv
 from strategies.privacy.dpsgd import Mechanism
+from strategies.privacy.metrics import planned
 from strategies.protocol import Failure, Instruction, Refused, Reply, Update
 from tasks.base import Case, Phase, Task
 from tests.toys import Quadratic, Toys, toy_archive, toy_case, toy_cases, toy_plan
@@ -185,8 +190,8 @@ def test_every_private_step_is_charged_before_the_first() -> None:
 
     said: list[Any] = []
     plan = private(local={"steps": 7})
-    session(plan, lambda m, n: said.append((m, n)), task=Watched(NONE, NONE)).fit({"w": torch.zeros(3)})
-    assert said[0] == (Mechanism(1.0, 1.0, 1.0, 4.0), 7 + 3)
+    session(plan, lambda *entry: said.append(entry), task=Watched(NONE, NONE)).fit({"w": torch.zeros(3)})
+    assert said[0] == (Entry(1.0, 1.0, 7 + 3), "training")
     assert said.count("read") == (7 + 3) * PATIENTS
 
 
@@ -270,6 +275,60 @@ def test_metrics_of_a_private_run_stay_home_but_in_simulation(durable: bool, tol
     down = {"kind": "federated", "model": {"w": torch.zeros(3)}, "split": "val"}
     assert isinstance(body(toys, "evaluate/federated/val", down).body, Update) == told
     assert isinstance(body(toys, "trivial/constant", {}).body, Update) == told
+
+
+NOISED = {"metrics": "noised", "metrics_sigma": 3.0}
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_noised_metrics_leave_and_are_charged(durable: bool, ram: Path) -> None:
+    plan = private(privacy=NOISED, federation={"rounds": 4, "evaluate_every": 2})
+    toys = federation(ram, plan, durable=durable)
+    toys.train()
+    lines = [json.loads(line) for line in (ram / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["round"], x["split"]) for x in lines if x["site"] == "all"] == [
+        (2, "val"),
+        (4, "val"),
+        (4, "test"),
+    ]
+    held = Ledger(ram / "sites" / "site_0" / "ledger.jsonl", None)
+    assert held.entries(purpose="metrics") == [Entry(3.0, 1.0, planned(plan, build_strategy(plan)))]
+    assert charges(plan, ram / "journal.jsonl")["site_0"].count(Entry(3.0, 1.0, 1)) == 3
+    assert sorted(merged(charges(plan, ram / "journal.jsonl")["site_0"])) == sorted(held.entries())
+
+
+def test_scores_are_reserved_before_a_patient_is_read(ram: Path) -> None:
+    toys = federation(ram, private(privacy=NOISED), durable=True)
+    down = {"kind": "federated", "model": {"w": torch.zeros(3)}, "split": "val"}
+    spent = Ledger(
+        ram / "sites" / "site_0" / "ledger.jsonl", {"patients": Budget(purposes={"metrics": 1e-9})}
+    )
+    refused = body(toys, "evaluate/federated/val", down, ledger=spent)
+    assert isinstance(refused.body, Failure)
+    assert refused.body.code == "budget"
+    kinds = {
+        "policy": body(toys, "evaluate/federated/val", down, policy=Policy(statistics="none")),
+        "other": body(toys, "evaluate/given/val", {**down, "kind": "given"}),
+        "sums": body(toys, "trivial/constant", {}),
+    }
+    assert {reply.body.code for reply in kinds.values() if isinstance(reply.body, Failure)} == {"policy"}
+    assert sum(isinstance(reply.body, Failure) for reply in kinds.values()) == 3
+    # nobody is too few: noise hides how many there are
+    first, again = (body(toys, "evaluate/federated/val", down, policy=Policy()) for _ in range(2))
+    assert isinstance(first.body, Update)
+    assert isinstance(again.body, Update)
+    assert first.body.tensors["statistics/sum"].equal(again.body.tensors["statistics/sum"])
+    assert [e.steps for e in toys.site("site_0").charged("run")] == [1]
+
+
+def test_evaluations_count_in_the_price(ram: Path) -> None:
+    wanted = {"sigma": 0.0, "epsilon": 4.0, "clip": 1.0}
+    federated = {"rounds": 5, "evaluate_every": 1}
+    plain = calibrated(private(privacy=wanted, federation=federated))
+    scored = calibrated(private(privacy={**wanted, **NOISED}, federation=federated))
+    assert scored.privacy.sigma > plain.privacy.sigma
+    whole = [Entry(scored.privacy.sigma, 1.0, 5), Entry(3.0, 1.0, 6)]
+    assert 3.9 < prv(whole, scored.privacy.delta) <= 4.0
 
 
 def test_a_hospital_may_refuse_what_is_not_private(ram: Path) -> None:
