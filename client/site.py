@@ -27,13 +27,12 @@ from client.train import Archive, Bench, Session
 from conf.files import write_atomic
 from conf.schema import Plan
 from strategies.privacy.accountant import Entry
-from strategies.protocol import Instruction, Refused, Reply, Tree, Update, digest, pack, unpack
+from strategies.protocol import DIGEST, Instruction, Refused, Reply, Tree, Update, digest, pack, unpack
 
 __all__ = ["Archive", "Bench", "Ledger", "Plans", "Policy", "Site"]
 
 # what an instruction names becomes part of a path at the site: nothing else may
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 64  # characters of a coordinator's word that go into the log
 
 
@@ -52,7 +51,7 @@ class Plans:
         """
         if digest not in self._known:
             path = self._folder / f"{digest}.json"
-            if not _DIGEST.fullmatch(digest) or not path.is_file():
+            if not DIGEST.fullmatch(digest) or not path.is_file():
                 raise Refused("plan", "not accepted")
             self._known[digest] = Plan.model_validate_json(path.read_bytes())
         return self._known[digest]
@@ -171,7 +170,7 @@ class Site:
             {name: t.detach().cpu() for name, t in update.tensors.items()}, update.weight, update.form
         )
         (replace(spec, tail=0) if self.durable else spec).check(update)
-        reply = Reply(self.name, update)
+        reply = Reply(self.name, update, self._head(plan))
         if remembers:
             memory.keep(instruction, reply, after)
         if charges is not None:
@@ -195,5 +194,24 @@ class Site:
             if self.ledger is None:
                 raise Refused("policy", "no privacy ledger")
             self.bench.vet(plan, self.archive.of(instruction.run))
+            self._hold(instruction.own.get("anchor"))
         self.plans.accept(plan, study.initial)
-        return Reply(self.name, Update({}))
+        return Reply(self.name, Update({}), self._head(plan))
+
+    def _head(self, plan: Plan) -> str:
+        """What a hospital's reply tells of its ledger, for the coordinator to keep."""
+        if self.ledger is None or not self.durable or plan.privacy.mode == "none":
+            return ""
+        return self.ledger.head.hex()
+
+    def _hold(self, anchor: object) -> None:
+        """Hold the ledger against the head that the coordinator has kept of it, where it has one.
+
+        Raises:
+            Stop: (`LEDGER_BROKEN`). Refused: (`payload`).
+        """
+        if anchor is None or self.ledger is None:
+            return
+        if not isinstance(anchor, str) or not DIGEST.fullmatch(anchor):
+            raise Refused("payload", "anchor")
+        self.ledger.check(bytes.fromhex(anchor))

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from conf.console import ended
 from conf.exits import Exit, Stop
 from conf.files import only_one, sweep_scratch
+from server.anchors import Anchors
 from server.exchange.flower import Courier, FlowerExchange
 from server.house import read_sites
 from server.link import Link, Post
@@ -85,6 +86,7 @@ class Coordinator:
             wait_s=self.wait_s,
             lost_after_s=self.lost_after_s,
             meter=self.meter,
+            anchors=Anchors(self.runs / "anchors.json"),
         )
 
         def watch(event: str, r: int) -> None:

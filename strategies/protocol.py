@@ -34,6 +34,7 @@ Epoch = tuple[int, int]
 
 _TENSOR = "$tensor"
 _INCIDENT = re.compile(r"[0-9a-f]{0,8}")  # no room for words
+DIGEST = re.compile(r"[0-9a-f]{64}")
 _META = "wardround"
 _MAX_DEPTH = 32
 
@@ -129,15 +130,17 @@ class Update:
 
 @dataclass(frozen=True)
 class Reply:
-    """What comes back from a site."""
+    """What comes back from a site; of a private run with the head of its ledger (hexadecimal)."""
 
     site: str
     body: Update | Failure
+    head: str = ""
 
     def to_tree(self) -> Tree:
         if isinstance(self.body, Failure):
             return {"site": self.site, "failure": [self.body.code, self.body.incident]}
-        return {"site": self.site, "update": self.body.to_tree()}
+        head = {"head": self.head} if self.head else {}
+        return {"site": self.site, "update": self.body.to_tree(), **head}
 
     @classmethod
     def from_tree(cls, tree: object) -> Reply:
@@ -150,8 +153,9 @@ class Reply:
             case {"site": str(site), "failure": [str(code), str(incident)], **rest}:
                 if not rest and code in CODES and _INCIDENT.fullmatch(incident):
                     return cls(site, Failure(code, incident))
-            case {"site": str(site), "update": update, **rest} if not rest:
-                return cls(site, Update.from_tree(update))
+            case {"site": str(site), "update": update, **rest} if rest.keys() <= {"head"}:
+                if not rest or DIGEST.fullmatch(str(rest["head"])):
+                    return cls(site, Update.from_tree(update), str(rest.get("head", "")))
         raise Refused("form", "neither update nor failure")
 
 

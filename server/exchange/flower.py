@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conf.files import write_atomic
+from server.anchors import Anchors
 from server.exchange import Heard, Order
 from server.exchange.crew import accepted
 from server.telemetry import Meter
@@ -106,7 +107,7 @@ class FlowerExchange:
         blobs: where payloads of outstanding asynchronous jobs are kept.
         wait_s: how long a site may hold a call before it answers `pending`.
         lost_after_s: a site that cannot be reached for so long has failed in this ask.
-        meter: counts what is carried and heard.
+        meter: counts what is carried and heard. anchors: heads of the sites' ledgers.
     """
 
     def __init__(
@@ -117,11 +118,13 @@ class FlowerExchange:
         wait_s: float = 20.0,
         lost_after_s: float = 300.0,
         meter: Meter | None = None,
+        anchors: Anchors | None = None,
     ) -> None:
         self.courier = courier
         self.wait_s = wait_s
         self.lost_after_s = lost_after_s
         self.meter = meter or Meter()
+        self.anchors = anchors or Anchors()
         self._blobs = blobs
         self._standing: dict[str, _Job] = {}  # asynchronous jobs outlive their ask
         self._letters: dict[str, _Job] = {}  # of those
@@ -163,8 +166,9 @@ class FlowerExchange:
             if not common.exists():
                 self._blobs.mkdir(parents=True, exist_ok=True)
                 write_atomic(common, blob)
+        anchored = self.anchors.own if order.ask.stage == "plan" else lambda _: {}
         return {
-            site: _Job.of(replace(bare, common=name), common)
+            site: _Job.of(replace(bare, common=name, own=bare.own | anchored(site)), common)
             for site, bare in order.instructions.items()
             if site not in order.known
         }
@@ -313,6 +317,7 @@ class _Asking:
             self.fail(job, own or Failure(refusal.code))
             return
         del self.jobs[job.site]
+        self.exchange.anchors.note(job.site, reply.head)
         ask.fold.add(self.total, ask.spec, job.site, job.instruction.epoch, update, age)
         self._tell(job, None)
 

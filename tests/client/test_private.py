@@ -297,6 +297,15 @@ def test_noised_metrics_leave_and_are_charged(durable: bool, ram: Path) -> None:
     assert sorted(merged(charges(plan, ram / "journal.jsonl")["site_0"])) == sorted(held.entries())
 
 
+@pytest.mark.parametrize("anchor", ["", "ab", 7, ["0" * 64]])
+def test_an_anchor_is_a_head_or_refused(anchor: object, ram: Path) -> None:
+    toys = federation(ram, private())
+    asking = replace(asked(toys, "plan"), own={"anchor": anchor})
+    answer = toys.site("site_0").handle(asking, {"plan": toys.plan.canonical()}).body
+    assert isinstance(answer, Failure)
+    assert answer.code == "payload"
+
+
 def test_scores_are_reserved_before_a_patient_is_read(ram: Path) -> None:
     toys = federation(ram, private(privacy=NOISED), durable=True)
     down = {"kind": "federated", "model": {"w": torch.zeros(3)}, "split": "val"}
