@@ -30,6 +30,7 @@ class Exit(IntEnum):
     NO_RUN = 31
     CHECKPOINT_DAMAGED = 32
     DISK_FULL = 33
+    CLAIM_REFUTED = 34
     TOO_FEW_REPLIES = 40
     SITE_REFUSED = 41
     SITE_BUSY = 42
@@ -65,6 +66,7 @@ HELP: dict[Exit, str] = {
     Exit.NO_RUN: "this directory is not a wardround run",
     Exit.CHECKPOINT_DAMAGED: "no intact checkpoint is left that this run can continue from",
     Exit.DISK_FULL: "the disk is full; nothing was lost: free space and use wardround resume",
+    Exit.CLAIM_REFUTED: "the audit shows more leakage than the run claims; do not release its model",
     Exit.TOO_FEW_REPLIES: "fewer valid replies than federation.min_replies; see journal.jsonl",
     Exit.SITE_REFUSED: "a site refused the plan; its code is in the message",
     Exit.SITE_BUSY: "another process works on this site already; let it end or stop it first",

@@ -142,6 +142,30 @@ def compare(
 
 
 @app.command()
+def audit(
+    run: RunFolder,
+    canaries: Annotated[
+        int, typer.Option(min=10, max=100_000, help="m, each there with probability 1/2")
+    ] = 1000,
+    references: Annotated[
+        int, typer.Option(min=0, max=64, help="models to train for membership, an even number")
+    ] = 2,
+    rounds: Annotated[int, typer.Option(min=0, help="replay so many alone; 0 = all of the run")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of what is drawn but for the noise")] = 0,
+) -> None:
+    """Attack a simulated run: what canaries prove of its epsilon, and who can be told to be a member."""
+    from conf.exits import Exit, Stop
+    from server.audit.command import audit as attacked
+    from server.audit.page import save, show
+
+    found = attacked(run, canaries=canaries, references=references, seed=seed, rounds=rounds)
+    save(found, run)
+    show(found, run)
+    if found["canaries"] and found["canaries"]["refuted"]:
+        raise Stop(Exit.CLAIM_REFUTED, f"{run}: {found['canaries']['verdict']}")
+
+
+@app.command()
 def serve(
     folder: Folder,
     port: Annotated[int, typer.Option(min=1, max=65535, help="of SuperLink, on 127.0.0.1")] = 9000,
