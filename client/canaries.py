@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from client.budget import Purpose
 from client.policy import Policy
 from client.train import Archive, Bench, Session
 from conf.schema import Plan, Privacy
@@ -21,7 +22,7 @@ from strategies.base import Study
 from strategies.privacy.accountant import Entry as Charged
 from strategies.privacy.dpsgd import Mechanism, steps
 from strategies.protocol import Instruction
-from tasks.base import Batch, Case, Phase, Prediction, Task, Trivial
+from tasks.base import Batch, Case, Phase, Prediction, Summed, Task
 from tasks.data.cache import Entry
 from tasks.metrics import Statistics
 from tasks.seeds import generator
@@ -80,8 +81,8 @@ def replay(
             sums.add_(values)
             scores.add_(_likelier(values, promised))
 
-    def charge(mechanism: Mechanism, count: int) -> None:
-        charged.append(Charged(mechanism.sigma, mechanism.rate, count))
+    def charge(entry: Charged, _: Purpose) -> None:
+        charged.append(entry)
 
     study, bench, weights = replace(study, task=planted), Bench(device), study.initial
     for fit in range(fits):
@@ -158,7 +159,7 @@ class _Planted(Task):
 
     @classmethod
     def of(cls, study: Study, canaries: int, seed: int) -> _Planted:
-        model = study.task.build_model()
+        model = study.fresh()
         reading = [phase for phase in study.task.phases if phase.private]
         sizes = [
             {n: p.numel() for n, p in model.named_parameters() if phase.parameters(n) and p.requires_grad}
@@ -204,5 +205,5 @@ class _Planted(Task):
     def statistics(self) -> Statistics:
         return self.inner.statistics()
 
-    def trivial(self) -> Mapping[str, Trivial]:
+    def trivial(self) -> Mapping[str, Summed]:
         return {}

@@ -77,7 +77,11 @@ def claim(folder: RunFolder, *, canaries: int, seed: int, rounds: int = 0) -> Fo
         raise Stop(
             Exit.NO_RUN, f"{folder.path} has no readable privacy.json; finish it with wardround resume"
         ) from None
-    held = max((sum(e["steps"] for e in site) for site in promised["charged"].values()), default=0)
+    # noised scores stand there too; the rate is that of training steps alone
+    step = plan.privacy.sigma, plan.local.batch_size / plan.privacy.nominal_patients
+    held = max(
+        sum(e["steps"] for e in site if (e["sigma"], e["q"]) == step) for site in promised["charged"].values()
+    )
     each = steps(plan, Study.of(plan).task.phases)
     whole = -(-held // each)
     fits = min(rounds, whole) if rounds else whole

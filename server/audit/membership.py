@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from conf.exits import Exit, Stop
+from conf.files import write_atomic
 from server.audit.bound import Attack, Vector, attack
 from server.checkpoint import latest
 from server.runfolder import RunFolder
 from server.simulate import Federation, Simulation
+from server.transfer import FILE
 from strategies.base import Tensors
 from tasks.base import Task, build_task
 from tasks.data.cache import Cache, Entry
@@ -158,6 +160,9 @@ def _reference(
     least = {"cohort": min(rules.cohort, len(sites)), "min_replies": min(rules.min_replies, len(sites))}
     plan = folder.settings.plan.model_copy(update={"federation": rules.model_copy(update=least)})
     path = folder.path / "audit" / f"seed-{seed}" / f"reference-{number}"
+    if (first := folder.path / FILE).exists():
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / FILE, first.read_bytes())
     runtime = folder.settings.runtime.model_copy(update={"name": "local"})
     settings = folder.settings.model_copy(update={"plan": plan, "runtime": runtime})
     Simulation(replace(folder, path=path, settings=settings), Federation(federation.cache, sites)).ask(plan)
