@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import torch
 from monai.inferers.utils import sliding_window_inference
@@ -44,3 +45,12 @@ def sliding_window(
     if not isinstance(logits, Tensor):
         raise TypeError(f"the network returned {type(logits).__name__}; need one tensor of logits")
     return logits[0].softmax(0)
+
+
+def mirrored(predict: Callable[[Tensor], Tensor], image: Tensor, axes: Sequence[int]) -> Tensor:
+    """The mean of `predict` (`CHW[D]` to `KHW[D]`) over the image mirrored along every subset of `axes`."""
+    ways = [[1 + a for a in way] for n in range(len(axes) + 1) for way in combinations(axes, n)]
+    total = predict(image)
+    for way in ways[1:]:
+        total = total + predict(image.flip(way)).flip(way)
+    return total / len(ways)

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tasks.base import Batch, Case, Phase, Prediction, Summed
+from tasks.clean import cleaned
 from tasks.data.augment import cut, start
 from tasks.data.fingerprint import Survey
 from tasks.data.resample import grid, hardest, resample, resample_mask
@@ -18,8 +19,10 @@ from tasks.imaging import Classes, ImageTask, Label, Millimetres, Share, Sides
 from tasks.losses import LOSSES
 from tasks.metrics import Statistics
 from tasks.models import MODELS
-from tasks.predict import sliding_window
+from tasks.predict import mirrored, sliding_window
+from tasks.scoring.grouped import by_group
 from tasks.scoring.overlap import SegmentationStatistics
+from tasks.scoring.surface import Depth
 from tasks.supervision import deep, marginal
 from tasks.trivial import Atlas, Constant
 
@@ -41,6 +44,8 @@ class Segmentation(ImageTask):
         spacing: mm per axis that images are resampled to; none: each stays on its own grid.
         foreground: share of patches centred on a foreground voxel, its class drawn first.
         overlap: of neighbouring prediction windows.
+        flips_at_prediction: whether probabilities are averaged over the images mirrored along `flips`.
+        largest, smallest: see `cleaned`. surface, lesion_iou: see `Depth`.
     """
 
     by_value: ClassVar[frozenset[str]] = frozenset({"centres", "spacing"})
@@ -51,6 +56,11 @@ class Segmentation(ImageTask):
     spacing: tuple[Millimetres, ...] | None = None
     foreground: Share = 0.5
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
+    flips_at_prediction: bool = False
+    largest: bool = False
+    smallest: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    surface: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    lesion_iou: Share | None = None
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -161,9 +171,12 @@ class Segmentation(ImageTask):
 
     def predict(self, model: nn.Module, case: Case) -> Prediction:
         """Sliding windows at the plan's spacing; probabilities go back to the native grid, then argmax."""
-        scores = sliding_window(model, self._input(case), self.patch, self.overlap)
-        native = case.images[self.image].shape[1:]
-        return Prediction(masks={self.mask: hardest(scores, native).cpu()})
+        image = self._input(case)
+        axes = sorted(set(self.flips)) if self.flips_at_prediction else []
+        scores = mirrored(lambda seen: sliding_window(model, seen, self.patch, self.overlap), image, axes)
+        mask = hardest(scores, case.images[self.image].shape[1:]).cpu()
+        mask = cleaned(mask, case.spacing, largest=self.largest, smallest=self.smallest)
+        return Prediction(masks={self.mask: mask})
 
     def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """Overlap in the native geometry, averaged over this patient's annotated cases."""
@@ -174,15 +187,21 @@ class Segmentation(ImageTask):
         ]
         if not pairs:
             return self.statistics()
-        return SegmentationStatistics.of_patient(cases[0].patient, pairs, len(self.classes) - 1)
+        made = SegmentationStatistics.of_patient(cases[0].patient, pairs, len(self.classes) - 1, self._depth)
+        return by_group(made, self.subgroups, [case.groups for case in cases])
 
     def _judged(self, case: Case, masks: Mapping[str, Tensor]) -> Tensor:
         """Without the classes that nobody looked for in this case: they are neither right nor wrong."""
         return _only(masks[self.mask], self._looked(case))
 
-    def statistics(self) -> SegmentationStatistics:
+    @property
+    def _depth(self) -> Depth:
+        return Depth(self.surface, self.lesion_iou)
+
+    def statistics(self) -> Statistics:
         """Zero patients."""
-        return SegmentationStatistics.zero(len(self.classes) - 1, len(self.patch))
+        zero = SegmentationStatistics.zero(len(self.classes) - 1, len(self.patch), self._depth.names)
+        return by_group(zero, self.subgroups)
 
     def survey(self) -> Survey:
         """Image, mask and the size of each class."""

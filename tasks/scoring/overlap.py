@@ -1,16 +1,17 @@
-"""How well masks agree, per patient: overlap, volume."""
+"""How well masks agree, per patient: overlap, volume, and where asked for surfaces and lesions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from tasks.metrics import Statistics, code, interval
+from tasks.scoring.surface import DISTANCES, Depth
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class SegmentationStatistics(Statistics):
         dice, dice_squared, iou: K, sums over the patients in `present`.
         volume, volume_absolute: K, sums of predicted minus true volume in ml (0 entries in 2D).
         some, mean, mean_squared: scalars, patients with any class present; sums of their mean Dice.
+        measured: `M x K x 3`, of each further measure how many patients have it, sum and sum of squares.
+        measures: their names.
     """
 
     count: Tensor
@@ -39,9 +42,11 @@ class SegmentationStatistics(Statistics):
     some: Tensor
     mean: Tensor
     mean_squared: Tensor
+    measured: Tensor
+    measures: tuple[str, ...]
 
     @classmethod
-    def zero(cls, classes: int, dimensions: int) -> Self:
+    def zero(cls, classes: int, dimensions: int, measures: tuple[str, ...] = ()) -> Self:
         """The zero for `classes` foreground classes."""
         per_class = torch.zeros(classes, dtype=torch.float64)
         volume = torch.zeros(classes if dimensions == 3 else 0, dtype=torch.float64)
@@ -58,12 +63,18 @@ class SegmentationStatistics(Statistics):
             some=scalar,
             mean=scalar,
             mean_squared=scalar,
-            rows=torch.zeros(0, 1 + classes, dtype=torch.float64),
+            measured=torch.zeros(len(measures), classes, 3, dtype=torch.float64),
+            measures=measures,
+            rows=torch.zeros(0, 1 + classes * (1 + len(measures)), dtype=torch.float64),
         )
 
     @classmethod
     def of_patient(
-        cls, patient: str, cases: Sequence[tuple[Tensor, Tensor, Sequence[float]]], classes: int
+        cls,
+        patient: str,
+        cases: Sequence[tuple[Tensor, Tensor, Sequence[float]]],
+        classes: int,
+        depth: Depth = Depth(),  # noqa: B008  frozen
     ) -> Self:
         """One patient's statistics.
 
@@ -71,12 +82,13 @@ class SegmentationStatistics(Statistics):
             patient: pseudonymous key.
             cases: truth and prediction (`HW[D]` of class indices) on one grid, and its spacing in mm.
             classes: foreground classes.
+            depth: what is measured beside overlap.
 
         Raises:
             ValueError: truth and prediction differ in shape, or hold a class that is not there.
         """
         dimensions = len(cases[0][2]) if cases else 3
-        zero = cls.zero(classes, dimensions)
+        zero = cls.zero(classes, dimensions, depth.names)
         if not cases:
             return zero
         rows = torch.stack([_overlap(truth, given, mm, classes) for truth, given, mm in cases])
@@ -87,6 +99,10 @@ class SegmentationStatistics(Statistics):
         )
         some = present.amax()
         mean = dice.sum() / present.sum().clamp_min(1)
+        further = _further(cases, classes, depth)  # M x K
+        known = ~further.isnan()
+        sums = torch.stack([known.double(), further.nan_to_num(0), further.nan_to_num(0) ** 2], 2)
+        own = [torch.tensor([code(patient)], dtype=torch.float64), dice.where(present > 0, torch.nan)]
         return cls(
             count=torch.ones((), dtype=torch.float64),
             present=present,
@@ -99,19 +115,36 @@ class SegmentationStatistics(Statistics):
             some=some,
             mean=mean,
             mean_squared=mean**2,
-            rows=torch.cat(
-                [torch.tensor([code(patient)], dtype=torch.float64), dice.where(present > 0, torch.nan)]
-            )[None],
+            measured=sums,
+            measures=depth.names,
+            rows=torch.cat([*own, further.flatten()])[None],
         )
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """`patient`, `dice_1`, …"""
-        return ("patient", *(f"dice_{k + 1}" for k in range(len(self.present))))
+        """`patient`, `dice_1`, …, `<measure>_1`, …"""
+        names = ("dice", *self.measures)
+        return ("patient", *(f"{name}_{k + 1}" for name in names for k in range(len(self.present))))
 
     def cells(self) -> Tensor:
-        """Patients, and patients with each class."""
-        return torch.cat([self.count[None], self.present])
+        """Patients, patients with each class, and those of whom a measure says something."""
+        return torch.cat([self.count[None], self.present, self.measured[..., 0].flatten()])
+
+    def guarded(self, minimum: int) -> Self:
+        """Without the classes that too few patients have in truth or prediction: they count as empty.
+
+        How many have one depends on the model, so a site cannot refuse for it. The mean over classes goes
+        too, for the other classes would tell the missing one by it.
+        """
+        small = (self.present > 0) & (self.present < minimum)
+        measured = self.measured.where((self.measured[..., :1] >= minimum) & ~small[:, None], 0.0)
+        if not bool(small.any()):
+            return replace(self, measured=measured)
+        kept = {n: t.where(~small, 0.0) if t.shape == small.shape else t for n, t in self.sums().items()}
+        none = torch.zeros_like(self.count)
+        changed: dict[str, Any] = {**kept, "some": none, "mean": none, "mean_squared": none}
+        changed |= {"empty": self.empty.where(~small, self.count), "measured": measured}
+        return replace(self, **changed)
 
     @property
     def patients(self) -> int:
@@ -130,6 +163,7 @@ class SegmentationStatistics(Statistics):
         `dice_<k>`, `iou_<k>` (k from 1): mean over patients; `dice_mean`, `iou_mean`: mean of those
         over classes. `volume_error_ml_<k>`, `volume_error_abs_ml_<k>`: mean error and mean absolute
         error. `empty_<k>`: patients left out. `_lo`, `_hi`: normal 95 % interval of the mean.
+        `<measure>_<k>`, `<measure>_mean` (over classes) and `<measure>_empty_<k>` likewise; mm for distances.
         """
         found: dict[str, float] = {}
         classes = range(len(self.present))
@@ -156,13 +190,39 @@ class SegmentationStatistics(Statistics):
                 _around(
                     found, "dice_mean", interval(float(self.mean), float(self.mean_squared), float(self.some))
                 )
+        for name, table in zip(self.measures, self.measured.tolist(), strict=True):
+            found |= self._measure(name, table)
         return found
 
+    def _measure(self, name: str, table: list[list[float]]) -> dict[str, float]:
+        found, means = {}, []
+        for k, (n, total, squares) in enumerate(table):
+            found[f"{name}_empty_{k + 1}"] = float(self.count) - n
+            if n <= 0:
+                continue
+            means.append(total / n)
+            found[f"{name}_{k + 1}"] = means[-1]
+            if n >= 2:
+                most = math.inf if name in DISTANCES else 1.0
+                _around(found, f"{name}_{k + 1}", interval(total, squares, n), most)
+        return found | ({f"{name}_mean": sum(means) / len(means)} if means else {})
 
-def _around(found: dict[str, float], name: str, half: float) -> None:
-    """Add the interval of an overlap, which lies between 0 and 1."""
+
+def _around(found: dict[str, float], name: str, half: float, most: float = 1.0) -> None:
+    """Add the interval of what lies between 0 and `most`."""
     found[f"{name}_lo"] = max(0.0, found[name] - half)
-    found[f"{name}_hi"] = min(1.0, found[name] + half)
+    found[f"{name}_hi"] = min(most, found[name] + half)
+
+
+def _further(cases: Sequence[tuple[Tensor, Tensor, Sequence[float]]], classes: int, depth: Depth) -> Tensor:
+    """A patient's measures per class, each the mean over the cases that have it: `M x K`, NaN: none has."""
+    if not depth.names:
+        return torch.zeros(0, classes, dtype=torch.float64)
+    rows = [
+        [depth.of_masks(truth == k, given == k, mm) for k in range(1, classes + 1)]
+        for truth, given, mm in cases
+    ]
+    return torch.tensor(rows, dtype=torch.float64).nanmean(0).T
 
 
 def _overlap(truth: Tensor, given: Tensor, spacing: Sequence[float], classes: int) -> Tensor:
