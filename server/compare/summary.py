@@ -15,6 +15,7 @@ from server.compare.gather import Method, gather
 from server.compare.resample import DRAWS, Interval, Scored, by_folds, difference, own
 from server.report.table import ABSENT, METRICS, place
 
+_FEW = 20
 _FACTS = {"round", "split", "model", "site", "patients"}
 
 
@@ -103,7 +104,7 @@ def compare(paths: Sequence[Path], metric: str | None = None) -> Summary:
         row for m in methods for model in sorted(m.models, key=place) if (row := _row(m, model, metric))
     )
     gaps = tuple(_gaps(methods, metric))
-    return Summary(metric, methods[0].runs[0].split, rows, gaps, tuple(_notes(methods, gaps)))
+    return Summary(metric, methods[0].runs[0].split, rows, gaps, tuple(_notes(methods, rows, gaps)))
 
 
 def _row(method: Method, model: str, metric: str) -> Row | None:
@@ -125,7 +126,9 @@ def _gaps(methods: Sequence[Method], metric: str) -> Iterator[Gap]:
     for method in methods:
         for model in sorted(set(method.models) - {"federated"}, key=place):
             yield from _gap((method, "federated"), (method, model), metric)
-        for model in sorted(m for m in method.models if m.startswith("local:")):
+        # contiguous stretches of one specimen: its test part is nobody's own
+        shared = method.runs[0].settings.data.partition == "contiguous"
+        for model in sorted(m for m in method.models if m.startswith("local:") and not shared):
             yield from _gap((method, "federated"), (method, model), metric, elsewhere=model[len("local:") :])
     for method in methods[1:]:
         yield from _gap((method, "federated"), (methods[0], "federated"), metric)
@@ -157,7 +160,7 @@ def _called(method: Method, model: str) -> str:
     return f"{model} ({method.name})" if method.name else model
 
 
-def _notes(methods: Sequence[Method], gaps: Sequence[Gap]) -> Iterator[str]:
+def _notes(methods: Sequence[Method], rows: Sequence[Row], gaps: Sequence[Gap]) -> Iterator[str]:
     for method in methods:
         folds = method.runs[0].settings.data.folds
         for repeat in sorted({run.repeat for run in method.runs}):
@@ -172,6 +175,8 @@ def _notes(methods: Sequence[Method], gaps: Sequence[Gap]) -> Iterator[str]:
             f"95 % intervals: bootstrap over patients, {DRAWS} draws, the same for all models and repeats; "
             "they do not cover training anew"
         )
+        if (few := min(row.patients for row in rows)) < _FEW:
+            yield f"only {few} patients: intervals of the bootstrap are too narrow"
     if "folds" in methods_used:
         yield (
             "no patients' scores, or they do not tell the metric: 95 % t-intervals over folds, corrected for "
