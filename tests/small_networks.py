@@ -27,13 +27,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "residual_unet": LEVELS,
     "dense_unet": LEVELS | {"growth": 4, "layers": 2},
     "v_net": LEVELS,
+    "recurrent_unet": LEVELS,
+    "fcn": {"channels": [4, 4, 8]},
+    "hed": LEVELS,
+    "deep_medic": {"channels": [4, 4], "hidden": 4},
 }
-SIDE: dict[str, int] = {}
+#: other than 16 along each axis
+SIDES = {"recurrent_unet": (16, 16, 4)}
 
 
 def sides(name: str, dimensions: int) -> tuple[int, ...]:
     """What the small network takes."""
-    return (SIDE.get(name, 16),) * dimensions
+    return SIDES.get(name, (16,) * dimensions)
 
 
 def takes(name: str, setting: str) -> bool:

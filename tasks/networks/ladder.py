@@ -56,12 +56,20 @@ class Ladder(nn.Module):
         self.head = conv(widths[0], outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.climb(*self.descend(x))
+
+    def descend(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What each level keeps for the way up, and the deepest maps."""
         kept = []
         for level, stage in enumerate(self.down):
             x = stage(x)
             if level < len(self.step):
                 kept.append(x)
                 x = self.step[level](x)
+        return kept, x
+
+    def climb(self, kept: list[Tensor], x: Tensor) -> Tensor:
+        """Logits."""
         for level in reversed(range(len(self.up))):
             x = self.rise[level](x)
             skip = kept[level] if self.gate is None else self.gate[level](kept[level], x)

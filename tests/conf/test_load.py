@@ -62,9 +62,16 @@ def test_every_file_composes_and_validates(file: str) -> None:
         build_task(made.plan)
 
 
-@pytest.mark.parametrize("model", [name for name, entry in NETWORKS.items() if entry.shape == "map"])
-@pytest.mark.parametrize("patch", ["[64,64]", "[32,32,32]"])
-def test_every_map_network_builds_in_two_and_three_dimensions(model: str, patch: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "patch"),
+    [
+        (name, {2: "[64,64]", 3: "[32,32,32]"}[dimensions])
+        for name, entry in NETWORKS.items()
+        for dimensions in entry.dimensions
+        if entry.shape == "map"
+    ],
+)
+def test_every_map_network_builds_for_its_dimensions(model: str, patch: str) -> None:
     build_task(compose([f"model={model}", f"task.patch={patch}", ROOT]).plan)
 
 
