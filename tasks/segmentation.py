@@ -16,7 +16,7 @@ from tasks.data.augment import cut, start
 from tasks.data.fingerprint import Survey
 from tasks.data.resample import grid, hardest, resample, resample_mask
 from tasks.imaging import Classes, ImageTask, Label, Millimetres, Share, Sides
-from tasks.losses import LOSSES
+from tasks.losses import LOSS_TABLE, LOSSES
 from tasks.metrics import Statistics
 from tasks.models import MODELS
 from tasks.predict import mirrored, sliding_window
@@ -74,12 +74,21 @@ class Segmentation(ImageTask):
                 f"task.spacing has {len(self.spacing)} axes, task.patch has {len(self.patch)}; give one per "
                 "axis"
             )
-        LOSSES.build(self.loss)
+        self._check_loss()
         self.rehearse(
             "patch",
             (1, len(self.classes), *self.patch),
             "its sides must be multiples of the network's total stride, and at least twice it",
         )
+
+    def _check_loss(self) -> None:
+        """It compares maps, and knows as many classes as there are."""
+        criterion = LOSSES.build(self.loss)
+        known = [name for name, entry in LOSS_TABLE.items() if entry.targets == "map"]
+        if self.loss.name not in known:
+            raise ValueError(f"loss is {self.loss.name!r}; segmentation takes {', '.join(sorted(known))}")
+        some = torch.zeros(1, len(self.classes), *[2] * len(self.patch))
+        criterion(some, torch.zeros(some[:, 0].shape, dtype=torch.int64))
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -276,6 +276,18 @@ def test_bad_settings_are_named(task: dict[str, Any], message: str) -> None:
     assert caught.value.exit is Exit.CONFIG
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"name": "huber"}, r"loss is 'huber'; segmentation takes balanced_cross_entropy, boundary"),
+        ({"name": "focal", "weights": [1.0, 2.0]}, r"loss\.weights has 2 numbers; there are 3 classes"),
+    ],
+)
+def test_losses_that_do_not_fit_are_refused_before_anything_runs(loss: dict[str, Any], message: str) -> None:
+    with pytest.raises(Stop, match=message):
+        built(loss=loss)
+
+
 def test_unknown_names_keep_their_exit_code() -> None:
     for sections in ({"model": {"name": "nothing"}}, {"loss": {"name": "nothing"}}):
         with pytest.raises(Stop, match="is 'nothing'; known: ") as caught:
