@@ -42,9 +42,10 @@ class Slices(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count = (x.shape[0], x.shape[-1])
         kept, low = self.ladder.descend(x.movedim(-1, 1).flatten(0, 1))
-        line = low.unflatten(0, count)
+        line = low.view(*count, *low.shape[1:])
         line = line + self.ahead(line) + self.back(line.flip(1)).flip(1)
-        return self.ladder.climb(kept, line.flatten(0, 1)).unflatten(0, count).movedim(1, -1)
+        made = self.ladder.climb(kept, line.flatten(0, 1))
+        return made.view(*count, *made.shape[1:]).movedim(1, -1)
 
 
 def recurrent_unet(
