@@ -5,6 +5,7 @@ from conf.table import Table
 TASKS = Table(
     "task",
     {
+        "classification": "tasks.classification:Classification",
         "segmentation": "tasks.segmentation:Segmentation",
     },
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -80,8 +80,13 @@ class ImageTask(Task):
             if not low < high:
                 raise ValueError(f"task.{name} is [{low}, {high}]; the first must be the smaller")
 
-    def rehearse(self, setting: str, wanted: tuple[int, ...], remedy: str) -> None:
-        """One input through the network without numbers: it must fit, and come out as `wanted`.
+    def rehearse(
+        self, setting: str, inputs: Sequence[tuple[int, ...]], wanted: tuple[int, ...], remedy: str
+    ) -> None:
+        """One example through the network without numbers: it must fit, and come out as `wanted`.
+
+        Args:
+            inputs: shapes of what the network is given, without the batch's axis, as is `wanted`.
 
         Raises:
             Stop: (`CONFIG`) it does not; with `remedy`.
@@ -89,7 +94,7 @@ class ImageTask(Task):
         with torch.device("meta"), torch.no_grad():
             model = self.build_model().eval()
             try:
-                got = tuple(model(torch.empty(1, self.channels, *self.sides)).shape)
+                got = tuple(model(*(torch.empty(1, *shape) for shape in inputs)).shape[1:])
                 reason = "" if got == wanted else f"it makes {got} of it, need {wanted}"
             except (RuntimeError, ValueError) as error:
                 reason = str(error)
@@ -107,8 +112,8 @@ class ImageTask(Task):
             self.flips, self.rotation, self.scaling, self.noise, self.contrast, self.brightness, self.gamma
         )
 
-    def picture(self, case: Case) -> Tensor:
-        """The case's image as it came: `CHW[D]` float32.
+    def picture(self, case: Case, axes: int = 0) -> Tensor:
+        """The case's image as it came: `CHW[D]` float32, with `axes` more than the network's input has.
 
         Raises:
             ValueError: it has none, or one of other channels or axes.
@@ -116,8 +121,9 @@ class ImageTask(Task):
         if self.image not in case.images:
             raise ValueError(f"case {case.key} has no image {self.image!r}; it has {sorted(case.images)}")
         image = case.images[self.image].float()
-        wanted = f"{self.channels} channels and {len(self.sides)} axes"
-        if image.ndim != 1 + len(self.sides) or image.shape[0] != self.channels:
+        axes += len(self.sides)
+        wanted = f"{self.channels} channels and {axes} axes"
+        if image.ndim != 1 + axes or image.shape[0] != self.channels:
             raise ValueError(f"case {case.key} has an image of shape {tuple(image.shape)}; need {wanted}")
         return image
 

@@ -77,7 +77,8 @@ class Segmentation(ImageTask):
         self._check_loss()
         self.rehearse(
             "patch",
-            (1, len(self.classes), *self.patch),
+            [(self.channels, *self.patch)],
+            (len(self.classes), *self.patch),
             "its sides must be multiples of the network's total stride, and at least twice it",
         )
 

@@ -77,6 +77,20 @@ class Augmentation:
         return image
 
 
+def turned(images: Tensor, matrices: Tensor, shifts: Tensor) -> Tensor:
+    """Whole images (B C ...) turned about their centres and shifted: one resampling, borders repeated.
+
+    Args:
+        matrices: B x dimensions x dimensions, from the new image to the old, in pixels.
+        shifts: B x dimensions, in shares of a side.
+    """
+    sides = torch.tensor(images.shape[2:], dtype=torch.float64)
+    linear = matrices * sides / sides[:, None]
+    theta = torch.cat([linear.flip(1, 2), 2 * shifts.flip(1)[..., None]], 2).float()
+    where = F.affine_grid(_carried(theta, images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, where, "bilinear", "border", align_corners=False)
+
+
 def start(
     shape: Sequence[int], patch: Sequence[int], foreground: Tensor, share: float, draw: torch.Generator
 ) -> list[int]:

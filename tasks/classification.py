@@ -1,0 +1,267 @@
+"""Case to vector: a case gets a class, findings, a grade, a value. From images, bags, tables, features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from conf.exits import Exit, Stop
+from conf.schema import Section
+from tasks.base import Batch, Case, Phase, Prediction, Summed
+from tasks.data.augment import turned
+from tasks.features import FEATURES, Extractor
+from tasks.imaging import Change, Classes, ImageTask, Label, Sides
+from tasks.linear import Logistic, Prior, Ridge
+from tasks.losses import LOSS_TABLE, LOSSES
+from tasks.metrics import Statistics
+from tasks.models import MODELS
+from tasks.networks.reader import Reader
+from tasks.predict import device_of
+from tasks.scoring.classes import KINDS
+from tasks.scoring.grouped import by_group
+from tasks.targets import TARGETS, Target
+from tasks.views import VIEWS
+
+#: what the linear row looks at, by axes of the image
+PLAIN = {2: Section(name="hog"), 3: Section(name="thumbnail")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(ImageTask):
+    """Prediction of a vector from one image, a bag of instances of it, its table, or fixed features.
+
+    Attributes:
+        target: what the labels are, see `tasks.targets`. labels: their names in a case.
+        classes: names of the classes or levels, where the target is one label.
+        size: sides of the network's input; the whole image (or instance) is stretched onto it.
+        view: how an image becomes instances, see `tasks.views`. instances: how many. pool: how they come
+            together, see `tasks.networks.pooling`.
+        columns: of the case's table: mean and deviation that a number is scaled by, or how many categories.
+        features: fixed ones that a network of vectors is given in the image's place, see `tasks.features`.
+        shift: largest shift in training, in shares of a side.
+        mixup: α of Beta(α, α), by which examples of a batch are mixed (Zhang et al., 2018,
+            arXiv:1710.09412); 0: they are not.
+        dropout_samples: predictions with dropout left on that are averaged (Gal and Ghahramani, 2016,
+            arXiv:1506.02142); 0: one without.
+    """
+
+    target: Literal["classes", "multilabel", "ordinal", "continuous"] = "classes"
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=256)] = ("label",)
+    classes: Classes = ("negative", "positive")
+    size: Sides
+    view: Literal["whole", "slices", "planes", "scales", "tiles"] = "whole"
+    instances: Annotated[int, Field(ge=1, le=1024)] = 16
+    pool: Section = field(default_factory=lambda: Section(name="attention"))
+    columns: Mapping[Label, tuple[float, float] | int] = field(default_factory=dict)
+    features: Section | None = None
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    mixup: Change = 0.0
+    dropout_samples: Annotated[int, Field(ge=0, le=1000)] = 0
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The network's input's."""
+        return self.size
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        LOSSES.build(self.loss)
+        if LOSS_TABLE[self.loss.name].targets != self.target:
+            known = ", ".join(sorted(n for n, e in LOSS_TABLE.items() if e.targets == self.target))
+            raise Stop(
+                Exit.CONFIG,
+                f"loss is {self.loss.name!r}, which does not compare {self.target}; use one of: {known} "
+                "(setting: loss)",
+            )
+        if self.mixup and self.target != "classes":
+            raise ValueError(f"task.mixup is {self.mixup:g}; it mixes classes, task.target is {self.target}")
+        self.rehearse("size", self._shapes(), (self._target.outputs,), "choose another size, model or view")
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of the network's inputs."""
+        if self._extractor is not None:
+            return [(self._extractor.size + self._width,)]
+        bag = (3 if self.view == "planes" else self.instances,) if VIEWS[self.view].bag else ()
+        return [(*bag, self.channels, *self.size), *([(self._width,)] if self.columns else [])]
+
+    @cached_property
+    def _target(self) -> Target:
+        return TARGETS[self.target](self.labels, self.classes)
+
+    @cached_property
+    def _extractor(self) -> Extractor | None:
+        return None if self.features is None else self._built(self.features)
+
+    def _built(self, features: Section) -> Extractor:
+        made: Extractor = FEATURES.build(features, channels=self.channels, dimensions=self._axes)
+        return made
+
+    @property
+    def _axes(self) -> int:
+        """Of a case's image."""
+        return len(self.size) + VIEWS[self.view].axes
+
+    @property
+    def _width(self) -> int:
+        """Numbers that the table comes to."""
+        return sum(kind + 1 if isinstance(kind, int) else 2 for kind in self.columns.values())
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One: the loss between the network's outputs and the target."""
+        criterion, inputs = LOSSES.build(self.loss), self._inputs
+
+        def loss(model: nn.Module, batch: Batch | None) -> Tensor:
+            if batch is None:
+                raise ValueError("classification needs a batch of patients; got none")
+            value: Tensor = criterion(model(*(batch[name] for name in inputs)), batch["target"])
+            return value
+
+        return (Phase("train", loss),)
+
+    @property
+    def _inputs(self) -> tuple[str, ...]:
+        if self.features is not None:
+            return ("vector",)
+        return ("image", "table") if self.columns else ("image",)
+
+    def build_model(self) -> nn.Module:
+        """The network the plan names, for this task's inputs and target."""
+        outputs = self._target.outputs
+        if self._extractor is not None:
+            width = self._extractor.size + self._width
+            vector: nn.Module = MODELS.build(
+                self.model, in_channels=width, out_channels=outputs, dimensions=0
+            )
+            return vector
+        network: nn.Module = MODELS.build(
+            self.model, in_channels=self.channels, out_channels=outputs, dimensions=len(self.size)
+        )
+        if not VIEWS[self.view].bag and not self.columns:
+            return network
+        return Reader.of(network, self.pool if VIEWS[self.view].bag else None, self._width, outputs)
+
+    def prepare(self, case: Case) -> dict[str, Tensor]:
+        """The network's inputs and the target.
+
+        Returns:
+            `image` `[N] C *size` float32 and, with columns, `table` `T`; or `vector` `F`; and `target`.
+
+        Raises:
+            ValueError: the case has no such image or label, or they do not suit the plan.
+        """
+        return {**self._read(case), "target": self._target.encode(case)}
+
+    def _read(self, case: Case) -> dict[str, Tensor]:
+        if self._extractor is not None:
+            return {"vector": self._vector(case, self._extractor)}
+        image = self.normalised(self.picture(case, VIEWS[self.view].axes))
+        made = {"image": VIEWS[self.view].cut(image, self.size, self.instances)}
+        return {**made, "table": self._table(case)} if self.columns else made
+
+    def _vector(self, case: Case, extractor: Extractor) -> Tensor:
+        """Features and table in one: float32."""
+        if not extractor.size:
+            return self._table(case)
+        image = self.normalised(self.picture(case, VIEWS[self.view].axes))
+        return torch.cat([extractor(image), self._table(case)])
+
+    def _table(self, case: Case) -> Tensor:
+        """The declared columns: a scaled number (missing: 0) or its category, and whether it is missing."""
+        parts = []
+        for name, kind in self.columns.items():
+            value = case.table.get(name)
+            if isinstance(kind, int):
+                made = torch.zeros(kind + 1)
+                made[int(value) if value is not None and 0 <= value < kind else kind] = 1
+            else:
+                scaled = 0.0 if value is None else (value - kind[0]) / kind[1]
+                made = torch.tensor([scaled, float(value is None)])
+            parts.append(made)
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
+        """The prepared inputs, images turned and changed by chance, one draw an example, `B …`."""
+        made = {name: torch.stack([e[name] for e in examples]) for name in (*self._inputs, "target")}
+        if "image" in made:
+            made["image"] = self._changed(made["image"], draw)
+        return self._mixed(made, draw) if self.mixup else made
+
+    def _changed(self, image: Tensor, draw: torch.Generator) -> Tensor:
+        change, n, axes = self.change, len(image), len(self.size)
+        matrices = torch.stack([change.matrix(axes, draw) for _ in range(n)])
+        shifts = (torch.rand((n, axes), generator=draw, dtype=torch.float64) * 2 - 1) * self.shift
+        if self.flips or self.rotation or self.scaling or self.shift:
+            # instances of a bag are channels here: what happens to one happens to all
+            flat = image.flatten(1, 2) if VIEWS[self.view].bag else image
+            image = turned(flat, matrices, shifts).view_as(image)
+        return change.intensities(image, draw)
+
+    def _mixed(self, made: dict[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
+        """Each example with another one of the batch; the target becomes shares of classes."""
+        n = len(made["target"])
+        chance = np.random.default_rng(int(torch.randint(2**31, (), generator=draw)))
+        kept = torch.from_numpy(chance.beta(self.mixup, self.mixup, n)).float()
+        other = torch.randperm(n, generator=draw)
+        made["target"] = nn.functional.one_hot(made["target"], len(self.classes)).float()
+        for name, tensor in made.items():
+            share = kept.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1))
+            made[name] = share * tensor + (1 - share) * tensor[other.to(tensor.device)]
+        return made
+
+    def predict(self, model: nn.Module, case: Case) -> Prediction:
+        """`given`: probabilities of the classes or findings, or the values; float64."""
+        read = self._read(case)
+        inputs = [read[name][None].to(device_of(model)) for name in self._inputs]
+        with torch.no_grad():
+            given = self._target.decode(self._outputs(model.eval(), inputs).double())
+        return Prediction(scores={"given": given.mean(0).cpu()})
+
+    def _outputs(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """One row, or one a draw of dropout; the draws are the same for every case."""
+        if not self.dropout_samples:
+            rows: Tensor = model(*inputs)
+            return rows
+        for module in model.modules():
+            module.train(isinstance(module, nn.modules.dropout._DropoutNd))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return torch.cat([model(*inputs) for _ in range(self.dropout_samples)])
+        finally:
+            model.eval()
+
+    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+        """This patient's cases that have a label."""
+        rows = []
+        for case, prediction in zip(cases, predictions, strict=True):
+            if any(name in case.labels for name in self.labels):
+                rows.append((self._target.encode(case), prediction.scores["given"]))
+        if not rows:
+            return self.statistics()
+        truth, given = (torch.stack(part).double() for part in zip(*rows, strict=True))
+        made = KINDS[self.target].of_patient(cases[0].patient, truth, given)
+        return by_group(made, self.subgroups, [case.groups for case in cases])
+
+    def statistics(self) -> Statistics:
+        """No patient."""
+        return by_group(KINDS[self.target].zero(self._target.columns), self.subgroups)
+
+    def trivial(self) -> Mapping[str, Summed]:
+        """The mean, and least squares on plain features (of a table where the network reads one alone)."""
+        return {"constant": Prior(self._target), "linear": Ridge(self._target, *self._plain())}
+
+    def sums(self) -> Mapping[str, Summed]:
+        """The trivial ones and logistic regression."""
+        return {**self.trivial(), "logistic": Logistic(self._target, *self._plain())}
+
+    def _plain(self) -> tuple[Callable[[Case], Tensor], int]:
+        extractor = self._extractor or self._built(PLAIN[self._axes])
+        return lambda case: self._vector(case, extractor), extractor.size + self._width

@@ -1,0 +1,149 @@
+"""Linear heads on fixed features, learned by exact sums: what a network on images has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tasks.base import Case, Prediction, Summed, Sums
+from tasks.targets import Target
+
+
+@dataclass(frozen=True)
+class Prior(Summed):
+    """The mean of the training cases, for every case."""
+
+    target: Target
+
+    def zero(self) -> Sums:
+        """Values and how many are known: `fits` each."""
+        none = torch.zeros(self.target.fits, dtype=torch.float64)
+        return {"values": none, "known": none}
+
+    def accumulate(self, case: Case, known: Sums) -> Sums:
+        """This case's values."""
+        values = self.target.regressors(case)
+        return {"values": values.nan_to_num(0), "known": (~values.isnan()).double()}
+
+    def predict(self, known: Sums, case: Case) -> Prediction:
+        """The mean."""
+        mean = known["values"] / known["known"].clamp_min(1)
+        return Prediction(scores={"given": self.target.bounded(mean)})
+
+
+@dataclass(frozen=True)
+class Ridge(Summed):
+    """Least squares with a penalty on the weights, one exchange (Hoerl and Kennard, 1970).
+
+    A case in which a label is unknown is left out.
+
+    Attributes:
+        features: a case's, `F` numbers. size: F.
+        penalty: λ, in units of the mean square of a feature times the number of cases.
+    """
+
+    target: Target
+    features: Callable[[Case], Tensor]
+    size: int
+    penalty: float = 1.0
+
+    def zero(self) -> Sums:
+        """Products of features (with a one behind them) with each other and with the values."""
+        n = self.size + 1
+        return {
+            "gram": torch.zeros((n, n), dtype=torch.float64),
+            "moment": torch.zeros((n, self.target.fits), dtype=torch.float64),
+        }
+
+    def accumulate(self, case: Case, known: Sums) -> Sums:
+        """This case's products."""
+        values = self.target.regressors(case)
+        if bool(values.isnan().any()):
+            return self.zero()
+        x = _with_one(self.features(case))
+        return {"gram": torch.outer(x, x), "moment": torch.outer(x, values)}
+
+    def solve(self, sums: Sums, known: Sums) -> Sums:
+        """The weights, `F + 1` x `fits`; the last row, of the ones, is not penalised."""
+        gram = sums["gram"]
+        return {"weights": torch.linalg.solve(gram + _penalty(gram, self.penalty), sums["moment"])}
+
+    def predict(self, known: Sums, case: Case) -> Prediction:
+        """The head's values."""
+        return Prediction(
+            scores={"given": self.target.bounded(_with_one(self.features(case)) @ known["weights"])}
+        )
+
+
+@dataclass(frozen=True)
+class Logistic(Summed):
+    """Logistic regression, each column against the rest, by Newton's method: one exchange an iteration.
+
+    Attributes:
+        features, size: as for `Ridge`. penalty: λ of λ/2 ‖w‖². iterations: of Newton's method.
+    """
+
+    target: Target
+    features: Callable[[Case], Tensor]
+    size: int
+    penalty: float = 1.0
+    iterations: int = 8
+
+    @property
+    def exchanges(self) -> int:  # type: ignore[override]
+        """One an iteration."""
+        return self.iterations
+
+    def start(self) -> Sums:
+        """Weights of zero."""
+        return {"weights": torch.zeros((self.size + 1, self.target.fits), dtype=torch.float64)}
+
+    def zero(self) -> Sums:
+        """Gradient and Hessian of the log-likelihood, one Hessian a column."""
+        n, k = self.size + 1, self.target.fits
+        return {
+            "gradient": torch.zeros((n, k), dtype=torch.float64),
+            "hessian": torch.zeros((k, n, n), dtype=torch.float64),
+        }
+
+    def accumulate(self, case: Case, known: Sums) -> Sums:
+        """This case's part at the weights known."""
+        values = self.target.regressors(case)
+        x = _with_one(self.features(case))
+        p = (x @ known["weights"]).sigmoid()
+        there = (~values.isnan()).double()
+        outer = torch.outer(x, x)
+        return {
+            "gradient": torch.outer(x, (values.nan_to_num(0) - p) * there),
+            "hessian": (p * (1 - p) * there)[:, None, None] * outer,
+        }
+
+    def solve(self, sums: Sums, known: Sums) -> Sums:
+        """One step of Newton's method."""
+        n = self.size + 1
+        lam = torch.full((n,), self.penalty, dtype=torch.float64)
+        lam[-1] = 1e-9
+        step = [
+            torch.linalg.solve(h + torch.diag(lam), g - lam * w)
+            for h, g, w in zip(sums["hessian"], sums["gradient"].T, known["weights"].T, strict=True)
+        ]
+        return {"weights": known["weights"] + torch.stack(step, 1)}
+
+    def predict(self, known: Sums, case: Case) -> Prediction:
+        """Probabilities."""
+        fitted = (_with_one(self.features(case)) @ known["weights"]).sigmoid()
+        return Prediction(scores={"given": self.target.bounded(fitted)})
+
+
+def _with_one(features: Tensor) -> Tensor:
+    return torch.cat([features.double(), torch.ones(1, dtype=torch.float64)])
+
+
+def _penalty(gram: Tensor, penalty: float) -> Tensor:
+    size = gram.diagonal()[:-1].mean() * penalty
+    lam = torch.full((len(gram),), float(size), dtype=torch.float64)
+    lam[-1] = 0.0
+    return torch.diag(lam.clamp_min(1e-9))

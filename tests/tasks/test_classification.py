@@ -1,0 +1,213 @@
+"""Case to vector: targets, views, tables, chance, and what stands beside a network."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conf.exits import Exit, Stop
+from conf.schema import Plan
+from tasks.base import Case, build_task
+from tasks.classification import Classification
+from tasks.models import POOLS
+from tasks.targets import TARGETS
+from tasks.views import VIEWS
+
+LENET = {"name": "lenet", "channels": [3, 4], "hidden": [8, 6], "cells": 2}
+LOSS = {
+    "classes": "class_cross_entropy",
+    "multilabel": "multilabel_bce",
+    "ordinal": "ordinal",
+    "continuous": "squared_error",
+}
+
+
+def built(model: Mapping[str, Any] | None = None, loss: str | None = None, **task: Any) -> Classification:
+    given = {"name": "classification", "size": [32, 32], **task}
+    chosen = loss or LOSS[str(given.get("target", "classes"))]
+    plan = {"model": model or LENET, "loss": {"name": chosen}, "strategy": {"name": "fedavg"}}
+    made = build_task(Plan.model_validate({"task": given, **plan}))
+    assert isinstance(made, Classification)
+    return made
+
+
+def case(value: float = 1.0, axes: int = 2, seed: int = 0, **labels: float) -> Case:
+    draw = torch.Generator().manual_seed(seed)
+    image = torch.randn(1, *[20, 24, 18][:axes], generator=draw) + value
+    table = {"age": 60.0, "sex": 1.0}
+    named = {"label": value, **labels}
+    return Case(
+        f"c{seed}",
+        f"p{seed}",
+        {"image": image},
+        torch.eye(4).double(),
+        (1.0,) * axes,
+        labels=named,
+        table=table,
+    )
+
+
+def draw() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_target_trains_predicts_and_scores(kind: str) -> None:
+    labels = {"multilabel": ["label", "other"], "continuous": ["label", "other"]}.get(kind, ["label"])
+    task = built(target=kind, labels=labels, classes=["a", "b", "c"])
+    cases = [case(float(k % 2), seed=k) for k in range(4)]
+    batch = task.batch([task.prepare(c) for c in cases], draw())
+    model = task.build_model()
+    loss = task.phases[0].loss(model, batch)
+    assert loss.shape == (4,)
+    assert loss.isfinite().all()
+    found = [task.predict(model, c) for c in cases]
+    total = task.statistics()
+    for one, prediction in zip(cases, found, strict=True):
+        total = total + task.score([one], [prediction])
+    assert total.patients == 4
+    assert total.value()
+    for trivial in task.trivial().values():
+        known = trivial.solve(trivial.accumulate(cases[0], trivial.start()), trivial.start())
+        assert trivial.predict(known, cases[0]).scores["given"].shape == found[0].scores["given"].shape
+
+
+@pytest.mark.parametrize("kind", ["classes", "ordinal"])
+def test_probabilities_add_to_one(kind: str) -> None:
+    target = TARGETS[kind](("label",), ("a", "b", "c", "d"))
+    given = target.decode(torch.randn(5, target.outputs, generator=draw()))
+    assert given.shape == (5, 4)
+    assert (given >= 0).all()
+    assert given.sum(1).tolist() == pytest.approx([1.0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("view", "pool"), [*((view, "attention") for view in VIEWS), *(("tiles", pool) for pool in POOLS)]
+)
+@pytest.mark.parametrize("columns", [{}, {"age": [60, 10], "sex": 2}])
+def test_every_view_pool_and_table_reads(view: str, pool: str, columns: dict[str, Any]) -> None:
+    task = built(view=view, instances=4, pool={"name": pool}, columns=columns, rotation=10.0, shift=0.1)
+    one = case(axes=2 + VIEWS[view].axes)
+    batch = task.batch([task.prepare(one)] * 2, draw())
+    bag = (3,) if view == "planes" else (4,)
+    assert batch["image"].shape == (2, *(bag if VIEWS[view].bag else ()), 1, 32, 32)
+    model = task.build_model()
+    assert task.phases[0].loss(model, batch).shape == (2,)
+    assert task.predict(model, one).scores["given"].sum() == pytest.approx(1)
+
+
+def test_tiles_are_the_image_cut_up() -> None:
+    image = torch.arange(64.0).view(1, 8, 8)
+    tiles = VIEWS["tiles"].cut(image, (4, 4), 4)
+    assert torch.equal(torch.cat([torch.cat([*tiles[:2]], 2), torch.cat([*tiles[2:]], 2)], 1), image)
+
+
+def test_scales_look_at_less_and_less() -> None:
+    image = torch.arange(64.0).view(1, 8, 8)
+    made = VIEWS["scales"].cut(image, (4, 4), 2)
+    assert torch.equal(made[1], image[:, 2:6, 2:6])
+
+
+def test_slices_keep_their_order() -> None:
+    image = torch.arange(6.0).view(1, 1, 1, 6).expand(1, 4, 4, 6)
+    assert VIEWS["slices"].cut(image, (4, 4), 6)[:, 0, 0, 0].tolist() == list(range(6))
+
+
+def test_a_table_alone_needs_no_image() -> None:
+    task = built({"name": "linear"}, features={"name": "none"}, columns={"age": [50, 10], "sex": 2})
+    bare = replace(case(), images={})
+    assert task.prepare(bare)["vector"].tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
+    missing = replace(bare, table={})
+    assert task.prepare(missing)["vector"].tolist() == [0.0, 1.0, 0.0, 0.0, 1.0]
+    assert set(task.trivial()) == {"constant", "linear"}
+
+
+def test_without_chance_a_batch_is_the_prepared_image() -> None:
+    task = built()
+    ready = task.prepare(case())
+    assert torch.equal(task.batch([ready], draw())["image"][0], ready["image"])
+
+
+def test_a_flip_is_a_flip_and_a_shift_a_shift() -> None:
+    flipped = built(flips=[1])
+    ready = flipped.prepare(case())
+    seen = {
+        bool(
+            torch.equal(flipped.batch([ready], torch.Generator().manual_seed(s))["image"][0], ready["image"])
+        )
+        for s in range(8)
+    }
+    assert seen == {True, False}
+    mirrored = next(
+        made
+        for s in range(8)
+        if not torch.equal(
+            made := flipped.batch([ready], torch.Generator().manual_seed(s))["image"][0], ready["image"]
+        )
+    )
+    assert torch.allclose(mirrored, ready["image"].flip(2), atol=1e-5)
+
+
+def test_mixup_mixes_images_as_it_mixes_targets() -> None:
+    task = built(mixup=1.0)
+    ready = [{"image": torch.full((1, 32, 32), float(k)), "target": torch.tensor(k)} for k in (0, 1)]
+    batch = task.batch(ready * 4, draw())
+    assert batch["target"].sum(1).tolist() == pytest.approx([1.0] * 8)
+    assert batch["target"][:, 1].tolist() == pytest.approx(batch["image"][:, 0, 0, 0].tolist())
+    assert len({round(v, 6) for v in batch["target"][:, 1].tolist()}) > 2
+
+
+def test_dropout_is_averaged_the_same_way_each_time() -> None:
+    task = built(
+        {"name": "mlp", "channels": [8, 8], "dropout": 0.5},
+        features={"name": "thumbnail"},
+        dropout_samples=20,
+    )
+    model = task.build_model()
+    nn.init.normal_(next(model.parameters()), generator=draw())
+    once, again = (task.predict(model, case()).scores["given"] for _ in range(2))
+    assert torch.equal(once, again)
+    plain = replace(task, dropout_samples=0).predict(model, case()).scores["given"]
+    assert not torch.equal(once, plain)
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("task", "code", "line"),
+    [
+        (
+            {"loss": "dice"},
+            Exit.CONFIG,
+            "loss is 'dice', which does not compare classes; use one of: .*class_focal",
+        ),
+        ({"model": {"name": "unet", "channels": [4, 8]}}, Exit.CONFIG, "model 'unet' cannot take it"),
+        ({"target": "continuous", "mixup": 0.2}, Exit.CONFIG, "task.mixup is 0.2; it mixes classes"),
+        ({"labels": ["a", "b"]}, Exit.CONFIG, r"task.labels is \['a', 'b'\]; this target is one label"),
+        ({"features": {"name": "hog"}}, Exit.CONFIG, "model.dimensions"),
+        ({"features": {"name": "magic"}}, Exit.UNKNOWN_NAME, "features is 'magic'; known: .*hog"),
+        ({"flips": [2]}, Exit.CONFIG, r"task.flips is \[2\]"),
+        ({"view": "tiles", "pool": {"name": "sum"}}, Exit.UNKNOWN_NAME, "pool is 'sum'; known: .*attention"),
+    ],
+)
+def test_bad_settings_are_named(task: dict[str, Any], code: Exit, line: str) -> None:
+    with pytest.raises(Stop, match=line) as stop:
+        built(**task)
+    assert stop.value.exit == code
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [({}, "has no label 'label'"), ({"label": 2.0}, "has 2 as 'label'; task.classes has 0 to 1")],
+)
+def test_bad_labels_are_named(labels: dict[str, float], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        built().prepare(replace(case(), labels=labels))
+
+
+def test_a_finding_is_yes_or_no() -> None:
+    task = built(target="multilabel", labels=["label", "other"])
+    with pytest.raises(ValueError, match="findings are 0 or 1"):
+        task.prepare(case(0.5))
