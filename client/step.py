@@ -102,7 +102,8 @@ def fresh_optimizer(plan: Plan, parameters: list[nn.Parameter]) -> torch.optim.O
             parameters, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay, fused=True
         )
     kind = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=local.lr, weight_decay=local.weight_decay, fused=True)
+    betas = (local.beta1, 0.999)
+    return kind(parameters, lr=local.lr, betas=betas, weight_decay=local.weight_decay, fused=True)
 
 
 def channels_last(model: nn.Module) -> None:

@@ -55,6 +55,7 @@ class Local(Frozen):
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0, le=100)
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's momentum; 0 to 0.5 where two networks play")
     weight_decay: float = Field(0.0, ge=0, le=10)
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 = not clipped")

@@ -6,6 +6,7 @@ TASKS = Table(
     "task",
     {
         "classification": "tasks.classification:Classification",
+        "gan": "tasks.gan:Gan",
         "segmentation": "tasks.segmentation:Segmentation",
     },
 )

@@ -121,6 +121,8 @@ class ImageTask(Task):
         if self.image not in case.images:
             raise ValueError(f"case {case.key} has no image {self.image!r}; it has {sorted(case.images)}")
         image = case.images[self.image].float()
+        if self.channels == 1 and len(image) == 3 and (image[1:] == image[:1]).all():
+            image = image[:1]  # grey, stored as RGB
         axes += len(self.sides)
         wanted = f"{self.channels} channels and {axes} axes"
         if image.ndim != 1 + axes or image.shape[0] != self.channels:

@@ -9,6 +9,7 @@ depends on the targets of its entry:
 - `multilabel`: logits `B K`, target `B K` of 0, 1 and NaN where nobody looked.
 - `ordinal`: logits `B K-1`, one for each threshold between levels, target `B` int64.
 - `continuous`: values `B K`, target `B K`, NaN where nobody measured.
+- `game`: what two networks play for; the builder returns a `tasks.adversarial.Game` of such losses on scores.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Literal
 
 from conf.table import Table
 
-Targets = Literal["map", "classes", "multilabel", "ordinal", "continuous"]
+Targets = Literal["map", "classes", "multilabel", "ordinal", "continuous", "game"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ LOSS_TABLE: Mapping[str, Loss] = {
     "squared_error": Loss("tasks.vector_criteria:squared_error", "continuous"),
     "absolute_error": Loss("tasks.vector_criteria:absolute_error", "continuous"),
     "huber": Loss("tasks.vector_criteria:huber", "continuous"),
+    "hinge": Loss("tasks.adversarial:hinge", "game"),
+    "least_squares": Loss("tasks.adversarial:least_squares", "game"),
+    "non_saturating": Loss("tasks.adversarial:non_saturating", "game"),
+    "wasserstein": Loss("tasks.adversarial:wasserstein", "game"),
 }
 
 LOSSES = Table("loss", {name: entry.builder for name, entry in LOSS_TABLE.items()})

@@ -8,6 +8,10 @@ returns depends on the shape of its entry:
   first (deep supervision, side outputs); in evaluation it returns the main ones alone.
 - `vector`: `B C H W[D]` to `B K` logits, from any size of 32 and more; with `dimensions` 0 from `B C`
   (features, a table). It is a `tasks.networks.trunk.Trunk`: maps, pool and head can be had apart.
+- `generator`: noise `B Z` (Z: `in_channels`) and classes `B` to images `B C H W[D]` in -1 to 1; it is given
+  `sides` and `classes` too.
+- `discriminator`: images `B C H W[D]` and classes `B` to scores `B 1` or `B 1 h w[d]`; given `classes`, no
+  `out_channels`.
 
 No entry normalises over the batch: examples of one batch must not see each other (a patient's gradient could
 not be clipped else).
@@ -33,7 +37,7 @@ class Network:
     """
 
     builder: str
-    shape: Literal["map", "vector"]
+    shape: Literal["map", "vector", "generator", "discriminator"]
     gradients: Literal["vmap", "loop", "no DP"] = "vmap"
     dimensions: tuple[int, ...] = (2, 3)
 
@@ -65,6 +69,11 @@ NETWORKS: Mapping[str, Network] = {
     "convnet": Network("tasks.networks.small:convnet", "vector"),
     "linear": Network("tasks.networks.tabular:linear", "vector", dimensions=(0,)),
     "mlp": Network("tasks.networks.tabular:mlp", "vector", dimensions=(0,)),
+    "dcgan": Network("tasks.networks.gan:dcgan", "generator"),
+    "residual_generator": Network("tasks.networks.gan:residual_generator", "generator"),
+    "dcgan_discriminator": Network("tasks.networks.gan:dcgan_discriminator", "discriminator"),
+    "residual_discriminator": Network("tasks.networks.gan:residual_discriminator", "discriminator"),
+    "patch_gan": Network("tasks.networks.gan:patch_gan", "discriminator"),
 }
 
 MODELS = Table("model", {name: entry.builder for name, entry in NETWORKS.items()})

@@ -33,7 +33,15 @@ ROOT = "data.root=somewhere"
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("__"))
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
 #: what a file leaves to its user
-NEEDED = {"privacy/dpsgd": ["privacy.nominal_patients=100", "privacy.sigma=1"]}
+NEEDED = {
+    "privacy/dpsgd": ["privacy.nominal_patients=100", "privacy.sigma=1"],
+    "task/gan": ["model=dcgan", "loss=hinge"],
+    **{
+        f"loss/{name}": ["task=gan", "model=dcgan"]
+        for name, entry in LOSS_TABLE.items()
+        if entry.targets == "game"
+    },
+}
 TABLES = {"task": TASKS, "model": MODELS, "loss": LOSSES, "strategy": STRATEGIES}
 SECTIONS: dict[str, type[BaseModel]] = {
     "local": Local,
@@ -44,6 +52,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 #: what a task gives to the builder of its model, and what the plan gives to the task
 GIVEN = {"in_channels", "out_channels", "dimensions", "model", "loss"}
+SHAPED = {"model": {"sides", "classes"}}  # what some shapes of network are given too
 
 
 def stopped(*overrides: str) -> Stop:
@@ -88,13 +97,13 @@ def test_a_named_file_has_every_parameter_at_its_default(file: str) -> None:
     values = yaml.safe_load((CONF / f"{file}.yaml").read_text())
     values = values.get(group, values)  # one that chooses a model and a loss too says where it stands
     assert values.pop("name") == name
-    entry = TABLES[group][name]
+    entry, given = TABLES[group][name], GIVEN | SHAPED.get(group, set())
     if is_dataclass(entry):
-        defaults = {f.name: f.default for f in fields(entry) if f.name not in GIVEN}
+        defaults = {f.name: f.default for f in fields(entry) if f.name not in given}
         needed = {f.name for f in fields(entry) if f.default is MISSING}
     else:
         parameters = inspect.signature(entry).parameters
-        defaults = {n: p.default for n, p in parameters.items() if n not in GIVEN}
+        defaults = {n: p.default for n, p in parameters.items() if n not in given}
         needed = {n for n, p in parameters.items() if p.default is p.empty}
     assert set(values) == set(defaults)
     for key in set(values) - needed:

@@ -1,0 +1,254 @@
+"""Noise to case: a generator of images, and a discriminator that teaches it. 2D and 3D, by class or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from conf.exits import Exit, Stop
+from conf.schema import Section
+from tasks.adversarial import DRAWS, Disguise, Game, frozen
+from tasks.base import Batch, Case, Phase, Prediction, Summed
+from tasks.data.fingerprint import Survey
+from tasks.data.resample import resample
+from tasks.imaging import ImageTask, Label, Share, Sides
+from tasks.losses import LOSS_TABLE, LOSSES
+from tasks.metrics import Statistics
+from tasks.models import MODELS, NETWORKS
+from tasks.predict import device_of
+from tasks.seeds import generator
+from tasks.synthesis import ClassMean, SynthesisStatistics
+
+Count = Annotated[int, Field(ge=1, le=65_536)]
+
+
+def the_game(section: Section) -> Game:
+    """The game that a plan's loss names.
+
+    Raises:
+        Stop: (`CONFIG`) it names a loss of another kind.
+    """
+    made = LOSSES.build(section)
+    if not isinstance(made, Game):
+        known = ", ".join(name for name, entry in LOSS_TABLE.items() if entry.targets == "game")
+        raise Stop(Exit.CONFIG, f"loss.name is {section.name!r}; two networks play for one of {known}")
+    return made
+
+
+class Players(nn.Module):
+    """The networks of a game, under the names that frozen and kept layers are asked for by."""
+
+    def __init__(self, **networks: nn.Module) -> None:
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gan(ImageTask):
+    """Images of noise.
+
+    Both players see what the discriminator judges changed by chance: `flips`, `scaling`, `brightness`,
+    `contrast` and `shift`, which therefore do not show in what is made.
+
+    Attributes:
+        size: sides of what is made; a case's image is resampled to them.
+        discriminator: its network, by name.
+        classes: names of the values of the label `label`; fewer than two: the label is not looked at.
+        latent: length of the noise.
+        draws: images in a step of the generator, which reads no patient.
+        every: steps of the discriminator for one of the generator.
+        shift: largest, as a share of a side.
+    """
+
+    size: Sides
+    discriminator: Section = field(default_factory=lambda: Section(name="dcgan_discriminator"))
+    classes: tuple[Label, ...] = ()
+    label: Label = "label"
+    latent: Annotated[int, Field(ge=1, le=4096)] = 64
+    draws: Count = 16
+    every: Count = 1
+    shift: Share = 0.0
+    normalise: Literal["zscore", "window", "fixed"] = "window"
+    window: tuple[float, float] = (0.0, 255.0)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of what is made."""
+        return self.size
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rotation", "noise", "gamma"):
+            if getattr(self, name):
+                raise ValueError(f"task.{name} is {getattr(self, name)}; a generator's images know none: 0")
+        if self.normalise == "zscore":
+            raise ValueError("task.normalise is 'zscore'; what is made lies between -1 and 1: use window")
+        made = (1, self.channels, *self.size)
+        noise, label = torch.zeros(1, self.latent), torch.zeros(1, dtype=torch.int64)
+        play = self.game
+        with torch.device("meta"), torch.no_grad():
+            try:
+                model = self.build_model()
+                got = tuple(model.get_submodule("generator")(noise.to("meta"), label.to("meta")).shape)
+                play.fooled(self._critic(model, label.to("meta")), torch.empty(made))
+                reason = "" if got == made else f"the generator makes {got}, need {made}"
+            except (RuntimeError, ValueError) as error:
+                reason = str(error)
+        if reason:
+            raise Stop(
+                Exit.CONFIG, f"task.size is {list(self.size)}, which the networks cannot take: {reason}"
+            )
+
+    @property
+    def kinds(self) -> int:
+        """Classes that are told apart; 0: none."""
+        return len(self.classes) if len(self.classes) > 1 else 0
+
+    @property
+    def game(self) -> Game:
+        """What the two play for."""
+        return the_game(self.loss)
+
+    @property
+    def disguise(self) -> Disguise:
+        """What chance does to an image that is judged."""
+        return Disguise(self.flips, self.shift, self.scaling, self.brightness, self.contrast)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The discriminator's, which reads patients, then the generator's, which reads none."""
+        game, disguise = self.game, self.disguise
+
+        def discriminate(model: nn.Module, batch: Batch | None) -> Tensor:
+            if batch is None:
+                raise ValueError("a discriminator needs a batch of patients; got none")
+            label = batch["label"]
+            with torch.no_grad():
+                fake = model.get_submodule("generator")(batch["noise"], label)
+            real = disguise(batch["image"], batch["change"])
+            fake = disguise(fake, batch["fake_change"])
+            return game.judge(self._critic(model, label), real, fake, batch["share"])
+
+        def generate(model: nn.Module, _: Batch | None) -> Tensor:
+            device = device_of(model)
+            noise = torch.randn(self.draws, self.latent).to(device)
+            label = torch.randint(max(self.kinds, 1), (self.draws,)).to(device)
+            change = torch.rand(self.draws, DRAWS).to(device)
+            fake = disguise(model.get_submodule("generator")(noise, label), change)
+            return game.fooled(self._critic(model, label, fixed=True), fake)
+
+        return (
+            Phase("discriminator", discriminate, lambda name: name.startswith("discriminator.")),
+            Phase(
+                "generator",
+                generate,
+                lambda name: name.startswith("generator."),
+                private=False,
+                every=self.every,
+            ),
+        )
+
+    def _critic(self, model: nn.Module, label: Tensor, *, fixed: bool = False) -> Callable[[Tensor], Tensor]:
+        network = model.get_submodule("discriminator")
+        call = frozen(network) if fixed else network
+        return lambda image: call(image, label)
+
+    def build_model(self) -> nn.Module:
+        """`generator` and `discriminator`."""
+        sizes = {"dimensions": len(self.size), "classes": self.kinds}
+        for section, shape in ((self.model, "generator"), (self.discriminator, "discriminator")):
+            fitting = [name for name, entry in NETWORKS.items() if entry.shape == shape]
+            if section.name in MODELS and section.name not in fitting:
+                raise Stop(
+                    Exit.CONFIG, f"{section.name!r} is no {shape}; those are {', '.join(sorted(fitting))}"
+                )
+        return Players(
+            generator=MODELS.build(
+                self.model, in_channels=self.latent, out_channels=self.channels, sides=self.size, **sizes
+            ),
+            discriminator=MODELS.build(self.discriminator, in_channels=self.channels, **sizes),
+        )
+
+    def class_of(self, case: Case) -> int:
+        """The case's class; 0 where none are told apart.
+
+        Raises:
+            ValueError: it has none, or one beyond the plan's.
+        """
+        if not self.kinds:
+            return 0
+        found = case.labels.get(self.label)
+        if found is None or found != int(found) or not 0 <= found < self.kinds:
+            raise ValueError(
+                f"case {case.key} has {'no' if found is None else found} label {self.label!r}; task.classes "
+                f"has 0 to {self.kinds - 1}"
+            )
+        return int(found)
+
+    def prepare(self, case: Case) -> dict[str, Tensor]:
+        """`image` `C *size` float32, cut to -1 to 1, and `label` int64."""
+        return {"image": self.scaled(case), "label": torch.tensor(self.class_of(case))}
+
+    def scaled(self, case: Case) -> Tensor:
+        """The case's image as a generator would make it: `C *size` in -1 to 1."""
+        return resample(self.normalised(self.picture(case)), self.size).clamp(-1, 1)
+
+    def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
+        """Images and classes, and for each example the draws that its loss needs.
+
+        That a loss draws nothing itself lets DP take one patient's gradient at a time.
+
+        Returns:
+            `image` `B C *size`, `label` `B` int64, `noise` `B latent`, `change` and `fake_change` `B DRAWS`,
+            `share` `B`.
+        """
+        count, image = len(examples), torch.stack([example["image"] for example in examples])
+        drawn = {
+            "noise": torch.randn(count, self.latent, generator=draw),
+            "change": torch.rand(count, DRAWS, generator=draw),
+            "fake_change": torch.rand(count, DRAWS, generator=draw),
+            "share": torch.rand(count, generator=draw),
+        }
+        label = torch.stack([example["label"] for example in examples])
+        return {"image": image, "label": label} | {n: t.to(image.device) for n, t in drawn.items()}
+
+    def sample(self, model: nn.Module, label: Tensor, draw: torch.Generator) -> Tensor:
+        """Images of the classes `label` (`B`): `B C *size` in -1 to 1, on the CPU."""
+        noise = torch.randn(len(label), self.latent, generator=draw)
+        device = device_of(model)
+        made: Tensor = model.get_submodule("generator")(noise.to(device), label.to(device))
+        return made.float().cpu()
+
+    def predict(self, model: nn.Module, case: Case) -> Prediction:
+        """Two made images of the case's class (`C *size`); the case lends nothing but its class."""
+        label = torch.full((2,), self.class_of(case))
+        first, second = self.sample(model, label, generator(0, case.key, 0, "predict", "noise"))
+        return Prediction(images={self.image: first, "second": second})
+
+    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+        """Plain features of this patient's images and of as many made ones, by class."""
+        return SynthesisStatistics.of_patient(
+            [
+                (self.class_of(case), self.scaled(case), made.images[self.image], made.images["second"])
+                for case, made in zip(cases, predictions, strict=True)
+            ],
+            self.statistics(),
+        )
+
+    def statistics(self) -> SynthesisStatistics:
+        """Zero patients."""
+        return SynthesisStatistics.zero(max(self.kinds, 1), self.channels, len(self.size))
+
+    def survey(self) -> Survey:
+        """The image alone."""
+        return Survey(self.image)
+
+    def trivial(self) -> Mapping[str, Summed]:
+        """The mean image of each class, with noise."""
+        return {"class_mean": ClassMean(self)}
