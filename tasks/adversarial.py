@@ -62,7 +62,7 @@ def each(scores: Tensor) -> Tensor:
 
 def slopes(critic: Critic, image: Tensor) -> Tensor:
     """Squared length of the gradient of each example's mean score by its image: `B`."""
-    found = grad(lambda x: each(critic(x)).sum())(image)
+    found: Tensor = grad(lambda x: each(critic(x)).sum())(image)
     return (found**2).flatten(1).sum(1)
 
 

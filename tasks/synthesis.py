@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -34,13 +34,12 @@ def features(image: Tensor) -> Tensor:
     steep = [F.pad(image.diff(dim=1 + a).abs(), (0, 0) * (axes - 1 - a) + (0, 1)) for a in range(axes)]
     maps = torch.cat([image, *steep]).double()
     pool = F.adaptive_avg_pool2d if axes == 2 else F.adaptive_avg_pool3d
-    return pool(maps, (CELLS[axes],) * axes).flatten()
+    return pool(maps, CELLS[axes]).flatten()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al., 2004) of images `B C H W[D]` in -1 to 1: `B`."""
-    metric = SSIMMetric(spatial_dims=a.ndim - 2, data_range=2.0)
-    found: Tensor = metric(a, b)
+    found = SSIMMetric(spatial_dims=a.ndim - 2, data_range=2.0)._compute_metric(a, b)
     return found.flatten(1).mean(1)
 
 
@@ -75,7 +74,7 @@ class SynthesisStatistics(Statistics):
     @classmethod
     def of_patient(cls, examples: Sequence[Example], zero: SynthesisStatistics) -> SynthesisStatistics:
         """One patient's; `zero` has the form."""
-        total = zero
+        total = replace(zero, count=torch.ones_like(zero.count))
         for k in sorted({kind for kind, *_ in examples}):
             own = [rest for kind, *rest in examples if kind == k]
             real = torch.stack([features(image) for image, _, _ in own])
@@ -84,7 +83,7 @@ class SynthesisStatistics(Statistics):
             one = torch.zeros_like(zero.images)
             one[k] = 1
             total = total + SynthesisStatistics(
-                torch.zeros_like(zero.count),
+                zero.count,
                 one,
                 one[:, None] * real.mean(0),
                 one[:, None] * made.mean(0),
@@ -92,14 +91,26 @@ class SynthesisStatistics(Statistics):
                 one[:, None, None] * (made.T @ made / len(own)),
                 one * ssim(pairs[:, 0], pairs[:, 1]).mean().double(),
             )
-        return total + SynthesisStatistics(
-            torch.ones_like(zero.count), *(torch.zeros_like(t) for t in _fields(zero)[1:])
-        )
+        return total
 
     @property
     def patients(self) -> int:
         """How many patients were scored."""
         return round(float(self.count))
+
+    def cells(self) -> Tensor:
+        """Patients over all and by class."""
+        return torch.cat([self.count[None], self.images])
+
+    def guarded(self, minimum: int) -> Self:
+        """Without the classes that fewer patients have."""
+        enough = self.images >= minimum
+        kept = {
+            name: torch.where(enough.view(-1, *[1] * (t.ndim - 1)), t, 0.0)
+            for name, t in self.sums().items()
+            if name != "count"
+        }
+        return replace(self, **kept)
 
     def value(self) -> dict[str, float]:
         """Flat metrics, over the classes of two patients or more.
@@ -128,10 +139,6 @@ class SynthesisStatistics(Statistics):
         return found
 
 
-def _fields(statistics: SynthesisStatistics) -> list[Tensor]:
-    return list(vars(statistics).values())
-
-
 def _covariance(square: Tensor, mean: Tensor, n: Tensor) -> Tensor:
     return square / n[..., None] - mean[:, :, None] * mean[:, None, :]
 
@@ -141,7 +148,8 @@ def _frechet(a: Tensor, b: Tensor, cov_a: Tensor, cov_b: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return ((a - b) ** 2).sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    far: Tensor = ((a - b) ** 2).sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return far
 
 
 def _area(real: Tensor, made: Tensor, real_cov: Tensor, made_cov: Tensor) -> float:

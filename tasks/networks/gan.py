@@ -6,6 +6,7 @@ A generator makes `B C H W[D]` in -1 to 1 of noise `B Z` and classes `B`; a disc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -187,10 +188,9 @@ class Discriminator(nn.Module):
         vector = self.classes(label)
         if not self.patches:
             x = x.flatten(2).mean(2)
-            score: Tensor = self.score(x)
-            return score + (x * vector).mean(1, keepdim=True) * x.shape[1] ** 0.5
-        chosen = (x * vector.view(*vector.shape, *[1] * (x.ndim - 2))).mean(1, keepdim=True)
-        return self.score(x) + chosen * x.shape[1] ** 0.5
+        chosen = x * vector.view(*vector.shape, *[1] * (x.ndim - 2))
+        score: Tensor = self.score(x) + chosen.mean(1, keepdim=True) * math.sqrt(x.shape[1])
+        return score
 
 
 def _halved(x: Tensor) -> Tensor:

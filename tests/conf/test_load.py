@@ -176,7 +176,7 @@ def test_overrides_reach_the_settings(
         (["strategy=fedsgd", ROOT], Exit.UNKNOWN_NAME, ["strategy", "fedsgd", "fedavg", "scaffold"]),
         (["task=detection", ROOT], Exit.UNKNOWN_NAME, ["task", "detection", "segmentation"]),
         (["model=nonet", ROOT], Exit.UNKNOWN_NAME, ["model", "nonet", "unet"]),
-        (["loss=hinge", ROOT], Exit.UNKNOWN_NAME, ["loss", "hinge", "dice_ce"]),
+        (["loss=tversk", ROOT], Exit.UNKNOWN_NAME, ["loss", "tversk", "dice_ce"]),
         (["runtime=moon", ROOT], Exit.CONFIG, ["runtime", "moon", "local"]),
         (["+experiment=moon", ROOT], Exit.CONFIG, ["experiment", "moon", "hippocampus"]),
         (["strategy=null", ROOT], Exit.CONFIG, ["group"]),
