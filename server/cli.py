@@ -126,13 +126,14 @@ def report(
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="folds, repeats, other methods")],
     metric: Annotated[str | None, typer.Option(help="what is compared, such as auroc or dice_1")] = None,
+    site: Annotated[str | None, typer.Option(help="count this one's patients only")] = None,
     plain: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Summarise runs over the same patients: means over folds, paired intervals of differences."""
     from server.compare.summary import compare as summarise
     from server.compare.summary import show
 
-    made = summarise(runs, metric)
+    made = summarise(runs, metric, site)
     if plain:
         import json
 

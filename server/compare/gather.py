@@ -91,15 +91,23 @@ class One:
 
 @dataclass(frozen=True)
 class Method:
-    """The folds and repeats of one experiment. `name` tells it from the others; empty where it is alone."""
+    """The folds and repeats of one experiment.
+
+    Attributes:
+        name: tells it from the others; empty where it is alone.
+        site: whose patients count, or `all`.
+    """
 
     name: str
     runs: tuple[One, ...]
+    site: str = "all"
 
     @property
     def models(self) -> list[str]:
         """All models that were scored, in the order of the runs."""
-        return list(dict.fromkeys(model for run in self.runs for model, site in run.last if site == "all"))
+        return list(
+            dict.fromkeys(model for run in self.runs for model, site in run.last if site == self.site)
+        )
 
     def series(self, model: str) -> Series | None:
         """The out-of-fold patients of each repeat; None where a run kept no rows of the model."""
@@ -109,26 +117,33 @@ class Method:
         for repeat in sorted({run.repeat for run in self.runs}):
             parts = [run.scored[model] for run in self.runs if run.repeat == repeat]
             rows, site = (np.concatenate([getattr(p, n) for p in parts]) for n in ("rows", "site"))
-            made[repeat] = Scored(parts[0].columns, rows, site)
+            whole = Scored(parts[0].columns, rows, site)
+            made[repeat] = whole if self.site == "all" else whole.only(site == self.site)
         return made
 
     def by_fold(self, model: str, metric: str) -> dict[tuple[Repeat, int], float]:
-        """The metric over all patients of each run's fold, where it has one."""
+        """The metric over the patients of each run's fold, where it has one."""
         found = {}
         for run in self.runs:
-            value = run.last.get((model, "all"), {}).get(metric)
+            value = run.last.get((model, self.site), {}).get(metric)
             if value is not None:
                 found[run.repeat, run.settings.data.fold] = float(value)
         return found
 
 
-def gather(paths: Sequence[Path]) -> list[Method]:
+def gather(paths: Sequence[Path], site: str | None = None) -> list[Method]:
     """Group runs into methods, in the order given.
 
+    Args:
+        site: only this one's patients count.
+
     Raises:
-        Stop: (`NO_RUN`) no such run; (`CONFIG`) runs over other data, or the same fold twice.
+        Stop: (`NO_RUN`) no such run; (`CONFIG`) runs over other data, the same fold twice, no such site.
     """
     runs = [One.open(path) for path in paths]
+    sites = {at for run in runs for _, at in run.last} - {"all"}
+    if site is not None and site not in sites:
+        raise Stop(Exit.CONFIG, f"site is {site!r}; these runs have: {', '.join(sorted(sites))}")
     for run in runs[1:]:
         _check_data(runs[0], run)
     groups: list[list[One]] = []
@@ -145,7 +160,7 @@ def gather(paths: Sequence[Path]) -> list[Method]:
                     "seeds; leave one out, or change data.split_seed or seed",
                 )
         group.append(run)
-    return [Method(_name(g[0], [h[0] for h in groups]), tuple(g)) for g in groups]
+    return [Method(_name(g[0], [h[0] for h in groups]), tuple(g), site or "all") for g in groups]
 
 
 def _check_data(one: One, other: One) -> None:

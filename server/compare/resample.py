@@ -159,6 +159,8 @@ def over_repeats(metric: str, series: Series, weights: Mapping[Repeat, Array] | 
     """The mean over repeats of the metric of each one's patients together; without weights: of all, once."""
     found = []
     for repeat, scored in series.items():
+        if not len(scored.rows):
+            continue
         weight = np.ones((1, len(scored.rows))) if weights is None else weights[repeat]
         value = measured(metric, scored, weight)
         if value is None:
@@ -179,7 +181,7 @@ def difference(metric: str, one: Series, other: Series) -> Interval | None:
     Patients are drawn once for both models and all repeats.
     """
     pairs = {r: _common(one[r], other[r]) for r in one if r in other}
-    ours, theirs = ({r: pair[i] for r, pair in pairs.items() if len(pair[0].rows)} for i in (0, 1))
+    ours, theirs = ({r: pair[i] for r, pair in pairs.items()} for i in (0, 1))
     values = [over_repeats(metric, series) for series in (ours, theirs)]
     if values[0] is None or values[1] is None:
         return None

@@ -85,26 +85,30 @@ class Summary:
         }
 
 
-def compare(paths: Sequence[Path], metric: str | None = None) -> Summary:
+def compare(paths: Sequence[Path], metric: str | None = None, site: str | None = None) -> Summary:
     """Compare the models of some runs: folds, repeats and methods over the same data.
+
+    Args:
+        metric: its key; none: the first known one that the runs have. site: only this one's patients count.
 
     Raises:
         Stop: (`NO_RUN`, `CONFIG`) a run is none, they do not belong together, or none has the metric.
     """
-    methods = gather(paths)
+    methods = gather(paths, site)
     records = [r for m in methods for run in m.runs for r in run.last.values()]
     have = {key for record in records for key in record} - _FACTS
     metric = metric or next((name for name in METRICS if name in have), "loss")
     if metric not in have:
         raise Stop(Exit.CONFIG, f"metric is {metric!r}; these runs have: {', '.join(sorted(have))}")
     for m in methods:
-        if not any(metric in run.last.get((model, "all"), {}) for run in m.runs for model in m.models):
+        if not any(metric in run.last.get((model, m.site), {}) for run in m.runs for model in m.models):
             raise Stop(Exit.CONFIG, f"{m.runs[0].path} has no {metric}; these runs do not belong together")
     rows = tuple(
         row for m in methods for model in sorted(m.models, key=place) if (row := _row(m, model, metric))
     )
     gaps = tuple(_gaps(methods, metric))
-    return Summary(metric, methods[0].runs[0].split, rows, gaps, tuple(_notes(methods, rows, gaps)))
+    where = methods[0].runs[0].split + (f" at {site}" if site else "")
+    return Summary(metric, where, rows, gaps, tuple(_notes(methods, rows, gaps)))
 
 
 def _row(method: Method, model: str, metric: str) -> Row | None:
@@ -115,7 +119,9 @@ def _row(method: Method, model: str, metric: str) -> Row | None:
     if not patients:
         first = min(run.repeat for run in method.runs)
         patients = sum(
-            int(r.last.get((model, "all"), {}).get("patients", 0)) for r in method.runs if r.repeat == first
+            int(r.last.get((model, method.site), {}).get("patients", 0))
+            for r in method.runs
+            if r.repeat == first
         )
     whole = None if series is None else own(metric, series)
     return Row(_called(method, model), tuple(values[k] for k in sorted(values)), patients, whole)

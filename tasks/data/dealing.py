@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from conf.exits import Exit, Stop
@@ -115,13 +116,21 @@ def _split_all(dealt: Parts, data: Data, classes: Classes, fold: int) -> dict[st
     if data.folds:
         site_of = {e.patient: name for name in sorted(dealt, reverse=True) for e in dealt[name]}
         folds = _folded(site_of, data, classes)
-        dealt = {
-            name: tuple(replace(e, split="test" if folds[e.patient] == fold else None) for e in own)
-            for name, own in dealt.items()
-        }
+        part = {p: "test" if folds[p] == fold else "train" for p in site_of}
+        rest: dict[str, list[str]] = defaultdict(list)
+        for p in sorted(site_of, key=lambda p: (keyed(data.split_seed, f"val/{fold}", p), p)):
+            if part[p] == "train":
+                rest[site_of[p]].append(p)
+        for free in rest.values():
+            part |= dict.fromkeys(free[: _held_out(len(free), data.val_fraction)], "val")
+        dealt = {name: tuple(replace(e, split=part[e.patient]) for e in own) for name, own in dealt.items()}
     fixed = any(e.split == "test" for own in dealt.values() for e in own)
-    sites = {name: _parts(own, data, fixed, fold) for name, own in sorted(dealt.items())}
-    return _trained(sites)
+    return _trained({name: _parts(own, data, fixed) for name, own in sorted(dealt.items())})
+
+
+def _held_out(count: int, fraction: float) -> int:
+    """How many of `count` validate: at least one where any shall, and not all."""
+    return max(0, min(max(round(fraction * count), int(fraction > 0)), count - 1))
 
 
 def _trained(sites: dict[str, Parts]) -> dict[str, Parts]:
@@ -134,18 +143,16 @@ def _trained(sites: dict[str, Parts]) -> dict[str, Parts]:
     return sites
 
 
-def _parts(entries: tuple[Entry, ...], data: Data, fixed: bool, fold: int) -> Parts:
+def _parts(entries: tuple[Entry, ...], data: Data, fixed: bool) -> Parts:
     marked = {kind: tuple(e for e in entries if e.split == kind) for kind in ("val", "test")}
     free = tuple(e for e in entries if e.split not in ("val", "test"))
     if len({e.patient for e in free}) < 2:
         return {"train": free, **marked}
-    test_fraction = 0.0 if fixed else data.test_fraction
     return split(
         entries,
         val_fraction=data.val_fraction,
-        test_fraction=test_fraction,
+        test_fraction=0.0 if fixed else data.test_fraction,
         seed=data.split_seed,
-        fold=fold,
     )
 
 
@@ -197,6 +204,11 @@ class _Dirichlet:
         patients = {e.patient for e in entries}
         return len(patients) >= self.data.least and {self.classes[p] for p in patients} >= set(kinds)
 
+    @cached_property
+    def _places(self) -> dict[str, float]:
+        """Where each patient falls, in every draw."""
+        return {p: keyed(self.data.split_seed, "site", p) for p in self.classes}
+
     def _dealt(self, draw: int) -> Parts:
         import numpy as np
 
@@ -206,7 +218,7 @@ class _Dirichlet:
             edges[kind] = np.cumsum(random.dirichlet([self.data.concentration] * self.data.sites))
         last = self.data.sites - 1
         site = {
-            p: min(int(np.searchsorted(edges[c], keyed(self.data.split_seed, "site", p), "right")), last)
+            p: min(int(np.searchsorted(edges[c], self._places[p], "right")), last)
             for p, c in self.classes.items()
         }
         return _named(site, self.entries, self.data.sites)
@@ -248,8 +260,7 @@ def _contiguous(entries: Sequence[Entry], data: Data) -> dict[str, Parts]:
     for i in range(data.sites):
         own = units[i * len(units) // data.sites : (i + 1) * len(units) // data.sites]
         marked = [e.patient for e in rest if e.split == "val" and e.patient in set(own)]
-        count = min(max(round(data.val_fraction * len(own)), data.val_fraction > 0), len(own) - 1)
-        val = set(marked or own[len(own) - count :])
+        val = set(marked or own[len(own) - _held_out(len(own), data.val_fraction) :])
         sites[f"site_{i + 1:0{len(str(data.sites))}}"] = {
             "train": of(rest, set(own) - val),
             "val": of(rest, val),

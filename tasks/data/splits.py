@@ -12,9 +12,7 @@ from tasks.data.cache import Entry
 Parts = dict[str, tuple[Entry, ...]]
 
 
-def split(
-    entries: Sequence[Entry], *, val_fraction: float, test_fraction: float, seed: int, fold: int = 0
-) -> Parts:
+def split(entries: Sequence[Entry], *, val_fraction: float, test_fraction: float, seed: int) -> Parts:
     """Deal patients to `train`, `val` and `test`.
 
     A split that the manifest suggests stays: `test` patients test, `val` patients validate, all others
@@ -24,9 +22,6 @@ def split(
     Small sets: dealt from two patients or more, such a part (its fraction above 0) gets at least the one
     with the lowest hash and leaves at least the one with the highest; from a single patient it gets none.
     Only where this steps in can adding a patient move another one.
-
-    Args:
-        fold: of a cross-validation: each has validation patients of its own.
 
     Raises:
         Stop: (`SPLIT_LEAK`) a patient stands in two splits; (`ONE_PATIENT`); (`NO_CASES`) none at all, or
@@ -44,7 +39,7 @@ def split(
         raise Stop(Exit.NO_CASES, "the split column leaves no patient to train on; mark some as train")
     for name, fraction in (("test", test_fraction), ("val", val_fraction)):
         if fraction > 0 and not parts[name]:
-            parts[name] = _below(parts["train"], fraction, seed, f"{name}/{fold}" if fold else name)
+            parts[name] = _below(parts["train"], fraction, seed, name)
             parts["train"] -= parts[name]
     return {name: of(entries, patients) for name, patients in parts.items()}
 

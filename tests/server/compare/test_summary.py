@@ -101,6 +101,18 @@ def test_a_sites_model_on_the_others_patients(runs: list[Path]) -> None:
     assert found.low > 0
 
 
+def test_one_sites_patients(runs: list[Path]) -> None:
+    made = compare(runs, site="b")
+    federated = made.rows[0]
+    assert federated.whole is not None
+    wanted = np.mean([roc_auc_score(TRUTH[SITE == 1], scores("federated", r)[SITE == 1]) for r in (0, 1)])
+    assert federated.whole.value == pytest.approx(wanted)
+    assert federated.patients == PATIENTS / 2
+    assert made.split == "test at b"
+    with pytest.raises(Stop, match="site is 'c'; these runs have: a, b"):
+        compare(runs, site="c")
+
+
 def test_without_rows_the_folds_are_paired(tmp_path: Path) -> None:
     made = compare([run(tmp_path, k, rows=False) for k in range(3)])
     found = gap(made, "constant").interval

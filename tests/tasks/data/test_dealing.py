@@ -100,7 +100,7 @@ def test_a_fold_has_validation_patients_of_its_own() -> None:
     cases = [entry(f"p{i}", site="a") for i in range(200)]
     val = [{e.key for e in federate(cases, data(folds=4, fold=k), nothing)["a"]["val"]} for k in range(4)]
     assert all(not val[0] >= other for other in val[1:])
-    assert all(8 <= len(own) <= 25 for own in val)
+    assert all(len(own) == 15 for own in val)
 
 
 def test_folds_pass_over_the_manifests_split() -> None:
