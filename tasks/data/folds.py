@@ -14,8 +14,8 @@ def fold_of(strata: Mapping[str, str], folds: int, seed: int) -> dict[str, int]:
 
     Within a stratum (the patients of a site and class) the order of hashes is cut into `folds` stretches
     whose lengths differ by one at most. So a new patient moves at most `folds - 1` others, all of its own
-    stratum, and each into a neighbouring fold. Where the longer stretches begin is drawn for each stratum:
-    many small ones do not all fill the first fold.
+    stratum, and into a neighbouring fold where the stratum has as many patients as there are folds. Where
+    the longer stretches begin is drawn for each stratum: many small ones do not all fill the first fold.
 
     Args:
         strata: the stratum of each patient.
