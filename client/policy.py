@@ -17,7 +17,7 @@ class Policy(Frozen):
         tasks, models: allowed names; None allows every installed one.
         statistics: what may leave of evaluations; `noised`: only under noise, charged to the ledger.
         minimum_cell: fewest patients behind any exact statistic.
-        privacy: whether plans without differential privacy are refused.
+        privacy: whether plans without differential privacy of patients are refused.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -36,8 +36,8 @@ class Policy(Frozen):
             raise Refused("policy", f"task {plan.task.name}")
         if self.models is not None and plan.model.name not in self.models:
             raise Refused("policy", f"model {plan.model.name}")
-        if self.privacy == "required" and plan.privacy.mode == "none":
-            raise Refused("policy", "without differential privacy")
+        if self.privacy == "required" and plan.privacy.mode != "dpsgd":
+            raise Refused("policy", "without differential privacy of patients")
 
     def within(self, plan: Plan) -> Policy:
         """The rules for one plan: of a private run nothing exact leaves a hospital."""

@@ -159,7 +159,7 @@ class Site:
         state = memory.settle(instruction.settled) if strategy.stateful else {}
         archive = self.archive.of(instruction.run)
         policy, charges = self.policy.within(plan) if self.durable else self.policy, None
-        if plan.privacy.mode != "none" and self.ledger is not None:
+        if plan.privacy.mode == "dpsgd" and self.ledger is not None:
             left = plan.federation.rounds - instruction.round + 1
             charges = Charges(self.ledger, instruction.run, left)
         session = Session(
@@ -190,7 +190,7 @@ class Site:
             raise Refused("plan", "not canonical")
         self.policy.check(plan)
         study, _ = self.bench.study(plan, lambda _: common.get("initial"))
-        if plan.privacy.mode != "none":
+        if plan.privacy.mode == "dpsgd":
             if self.ledger is None:
                 raise Refused("policy", "no privacy ledger")
             self.bench.vet(plan, self.archive.of(instruction.run))
@@ -200,7 +200,7 @@ class Site:
 
     def _head(self, plan: Plan) -> str:
         """What a hospital's reply tells of its ledger, for the coordinator to keep."""
-        if self.ledger is None or not self.durable or plan.privacy.mode == "none":
+        if self.ledger is None or not self.durable or plan.privacy.mode != "dpsgd":
             return ""
         return self.ledger.head.hex()
 

@@ -96,7 +96,7 @@ class Bench:
             Stop: (`CONFIG`) with what does not suit DP.
         """
         patients = archive.patients("train")
-        if plan.privacy.mode == "none" or plan.digest in self._vetted or not patients:
+        if plan.privacy.mode != "dpsgd" or plan.digest in self._vetted or not patients:
             return
         study, _ = self.study(plan)
         example = study.task.prepare(archive.load(next(iter(patients.values()))[0]))
@@ -234,7 +234,7 @@ class Session:
         reads = private_steps(plan, self.study.task.phases)
         batches: Iterator[Any] = (
             self._batches(patients, draw)
-            if plan.privacy.mode == "none"
+            if plan.privacy.mode != "dpsgd"
             else self._private(patients, purpose, reads)
         )
         if self._bench.prefetch:
@@ -257,7 +257,7 @@ class Session:
         optimizer = self._bench.optimizer(
             self.study.digest, phase.name, lambda: fresh_optimizer(plan, list(parameters.values()))
         )
-        private = phase.private and plan.privacy.mode != "none"
+        private = phase.private and plan.privacy.mode == "dpsgd"
         made = PrivateStepper if private else Stepper
         return made(phase, model, plan, correct, parameters, optimizer)
 

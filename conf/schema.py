@@ -84,10 +84,11 @@ class Privacy(Frozen):
     """Differential privacy of patients. `none`: exact updates leave the site (simulation and public data).
 
     With `dpsgd` a step draws each training patient with probability `local.batch_size` / `nominal_patients`,
-    clips the mean gradient over that patient's examples, and adds noise once.
+    clips the mean gradient over that patient's examples, and adds noise once. With `central` the unit is a
+    site: its update is clipped, and the coordinator, who is trusted, adds the noise.
     """
 
-    mode: Literal["none", "dpsgd"] = "none"
+    mode: Literal["none", "dpsgd", "central"] = "none"
     sigma: float = Field(
         0.0,
         ge=0,
@@ -97,7 +98,9 @@ class Privacy(Frozen):
     epsilon: float = Field(
         0.0, ge=0, le=100, description="what the whole run may cost a patient; 0 = sigma is given"
     )
-    clip: float = Field(1.0, gt=0, le=1e6, description="largest norm of a patient's gradient")
+    clip: float = Field(
+        1.0, gt=0, le=1e6, description="largest norm of a patient's gradient; central: of a site's update"
+    )
     adapt: Adapt = Adapt()
     nominal_patients: int = Field(
         0, ge=0, le=10**9, description="training patients of a site: a public number, never counted there"
@@ -110,6 +113,17 @@ class Privacy(Frozen):
     metrics_sigma: float = Field(
         0.0, ge=0, le=10_000, description="noise of an evaluation, in units of what one patient can move"
     )
+
+    @model_validator(mode="after")
+    def _unit(self) -> Privacy:
+        """What is said of patients means nothing where the unit is a site."""
+        for name in ("nominal_patients", "examples", "metrics"):
+            value = getattr(self, name)
+            if self.mode == "central" and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"privacy.{name} is {value!r}, but privacy.mode central protects sites; leave it out"
+                )
+        return self
 
 
 class Federation(Frozen):
@@ -163,9 +177,10 @@ class Plan(Frozen):
                 f"{self.privacy.metrics_sigma:g}; noised metrics, and they alone, need a noise above 0"
             )
         size, nominal, weight = self.local.batch_size, self.privacy.nominal_patients, self.federation.weight
-        if not size:
+        patients = self.privacy.mode == "dpsgd"
+        if patients and not size:
             raise ValueError(f"local.batch_size is 0; privacy.mode={self.privacy.mode} needs at least 1")
-        if nominal < size:
+        if patients and nominal < size:
             raise ValueError(
                 f"privacy.nominal_patients is {nominal}; need at least local.batch_size = {size}: the public "
                 "number of training patients that a site has"

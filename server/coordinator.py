@@ -25,7 +25,7 @@ from server.anchors import Anchors
 from server.exchange.flower import Courier, FlowerExchange
 from server.house import read_sites
 from server.link import Link, Post
-from server.privacy import charges, keep, statement
+from server.privacy import central_statement, charges, keep, statement, useless
 from server.recovery import CANCEL, settle
 from server.rounds import Run
 from server.runfolder import RunFolder
@@ -106,8 +106,12 @@ class Coordinator:
         )
         for warning in run.warnings:
             log.warning("%s", warning)
+        if word := useless(plan, len(folder.sites)):
+            log.warning("%s", word)
         run.train()
-        if plan.privacy.mode != "none":
+        if plan.privacy.mode == "central":
+            keep(central_statement(plan, len(folder.sites)), folder.path)
+        if plan.privacy.mode == "dpsgd":
             charged = charges(plan, folder.path / "journal.jsonl")
             keep(statement(plan, charged, deployed=True), folder.path)
         for name in run.study.task.trivial() if "trivial" in folder.settings.baselines else ():

@@ -14,7 +14,7 @@ from conf.files import no_space, write_atomic
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Study
-from strategies.privacy import metrics
+from strategies.privacy import central, metrics
 from strategies.privacy.accountant import Entry, across, calibrate, merged, prv, replace_one
 from strategies.privacy.dpsgd import steps
 
@@ -46,10 +46,12 @@ def calibrated(plan: Plan) -> Plan:
     privacy = plan.privacy
     if privacy.mode == "none" or privacy.sigma:
         return plan
-    study, strategy = Study.of(plan), build_strategy(plan)
-    whole = plan.federation.rounds * strategy.fits * steps(plan, study.task.phases)
-    rate = plan.local.batch_size / privacy.nominal_patients
-    scores = [metrics.entry(plan, times)] if (times := metrics.planned(plan, strategy)) else []
+    whole, rate, scores = plan.federation.rounds, 1.0, list[Entry]()
+    if privacy.mode == "dpsgd":
+        study, strategy = Study.of(plan), build_strategy(plan)
+        whole *= strategy.fits * steps(plan, study.task.phases)
+        rate = plan.local.batch_size / privacy.nominal_patients
+        scores = [metrics.entry(plan, times)] if (times := metrics.planned(plan, strategy)) else []
     try:
         sigma = calibrate(privacy.epsilon, privacy.delta, whole, rate, scores)
     except ValueError as error:
@@ -117,6 +119,45 @@ def statement(
         },
         "not_covered": list(_DEPLOYED) if deployed else [*exact, *_SIMULATED],
     }
+
+
+def central_statement(plan: Plan, sites: int) -> dict[str, Any]:
+    """The same where the coordinator adds the noise, over the rounds of a finished run."""
+    spent, delta = [central.entry(plan)], plan.privacy.delta
+    return {
+        "unit": "site, in all rounds",
+        "mechanism": "clipped updates of sites, Gaussian noise at the coordinator; no sampling (q = 1)",
+        "accountant": "PRV (Opacus), all rounds composed at once",
+        "clip": plan.privacy.clip,
+        "delta": delta,
+        "epsilon": _finite(prv(spent, delta)),
+        "epsilon_replace_one": _finite(replace_one(spent, delta)),
+        "charged": {"coordinator": [{"sigma": e.sigma, "q": e.q, "steps": e.steps} for e in spent]},
+        "noise_to_signal": noise_to_signal(plan, sites),
+        "not_covered": [
+            *_EXACT,
+            "the coordinator sees every site's update, and is trusted; a patient is not the unit",
+            *_SIMULATED,
+        ],
+    }
+
+
+def noise_to_signal(plan: Plan, sites: int) -> float:
+    """Norm of a round's noise over the largest that the mean of the updates can have."""
+    study = Study.of(plan)
+    size = sum(study.initial[name].numel() for name in build_strategy(plan).shared(study))
+    return central.noise_to_signal(plan, size, sites)
+
+
+def useless(plan: Plan, sites: int) -> str:
+    """A plain word where central DP leaves nothing to learn from; empty elsewhere."""
+    if plan.privacy.mode != "central" or (ratio := noise_to_signal(plan, sites)) <= 1:
+        return ""
+    asked = plan.federation.cohort or sites
+    return (
+        f"privacy.mode central with {asked} sites: a round's noise is {ratio:.1f} times the largest update it"
+        " can carry, so little or nothing is learned; use many more sites, a smaller model, or privacy=dpsgd"
+    )
 
 
 def keep(made: Mapping[str, Any], folder: Path) -> None:

@@ -18,14 +18,14 @@ import torch
 from client.site import Archive, Bench, Ledger, Plans, Policy, Site
 from conf.console import ended
 from conf.exits import HELP, Exit, Stop
-from conf.schema import Data, Plan, Section, Settings
+from conf.schema import Data, Plan, Privacy, Section, Settings
 from server.checkpoint import latest
 from server.cluster import cluster
 from server.evaluate import Line
 from server.exchange.local import LocalExchange
 from server.exchange.pool import recycle
 from server.exchange.virtual import VirtualExchange
-from server.privacy import calibrated, keep, statement
+from server.privacy import calibrated, central_statement, keep, statement, useless
 from server.progress import bar, note
 from server.rounds import Run
 from server.runfolder import RunFolder
@@ -217,6 +217,8 @@ class Simulation:
         settings = self.folder.settings
         recycle()
         torch.set_num_threads(settings.plan.local.threads)
+        if word := useless(settings.plan, len(self.federation.sites)):
+            note(word)
         self._train(self.federation, settings.plan, self.folder.path, evaluate=True)
         self._promise()
         baselines = self._baselines()
@@ -232,7 +234,9 @@ class Simulation:
     def _promise(self) -> None:
         """`privacy.json`, from the sites' ledgers: they hold more than planned where a round was repeated."""
         plan, made = self.folder.settings.plan, Hospitals(self.federation, self.folder.path / "sites", "cpu")
-        if plan.privacy.mode != "none":
+        if plan.privacy.mode == "central":
+            keep(central_statement(plan, len(self.federation.sites)), self.folder.path)
+        if plan.privacy.mode == "dpsgd":
             charged = {name: made(name).charged(self.folder.id) for name in self.federation.sites}
             keep(statement(plan, charged), self.folder.path)
 
@@ -312,6 +316,8 @@ class Simulation:
         plans = dict.fromkeys(federations, alone)
         if "pooled" in plans:
             plans["pooled"] = alone.model_copy(update={"privacy": crowd})
+        if plan.privacy.mode == "central":  # its unit is a site, and here is one
+            plans = dict.fromkeys(federations, alone.model_copy(update={"privacy": Privacy()}))
         paths = {name: self.folder.path / "baselines" / name.replace(":", "-") for name in federations}
         once = {"evaluate": False}
         _side_by_side({n: (self._train, (f, plans[n], paths[n], 1), once) for n, f in federations.items()})

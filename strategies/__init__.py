@@ -58,4 +58,8 @@ def build_strategy(plan: Plan) -> Strategy:
         raise Stop(Exit.CONFIG, f"{what}: choose another strategy, or privacy.mode=none for public data")
     if isinstance(built.fold(), Sum):
         ring_bits(plan.federation.max_weight, plan.federation.max_value)
+    if mode == "central" and plan.strategy.name in STRATEGIES:
+        from strategies.privacy.central import Central
+
+        return Central.over(built, plan)
     return built

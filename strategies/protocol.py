@@ -168,12 +168,14 @@ class Spec:
         max_weight: largest weight. max_value: largest absolute value (0 = unbounded: not for a sum).
         tail: how many values the last tensor, a vector, may hold beyond its shape: each patient's own scores
             (simulation only; not for a sum). 0 everywhere else.
+        norms: group to the largest L2 norm that its tensors may have together.
     """
 
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
     max_weight: int
     max_value: float
     tail: int = 0
+    norms: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def size(self) -> int:
@@ -205,7 +207,15 @@ class Spec:
                 raise Refused("finite", name)
             if self.max_value and max(-low, high) > self.max_value:
                 raise Refused("range", f"{name}: {max(-low, high):.3g} > {self.max_value:g}")
+        self._hold(update)
         object.__setattr__(update, "_passed", self)
+
+    def _hold(self, update: Update) -> None:
+        for group, most in self.norms.items():
+            inside = [t for name, t in update.tensors.items() if name.partition("/")[0] == group]
+            norm = math.hypot(*(float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in inside))
+            if norm > most * (1 + 1e-6):  # the sender's rounding to float32
+                raise Refused("range", f"{group} has norm {norm:.6g} > {most:g}")
 
     def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
         wanted, _ = self.tensors[name]

@@ -115,7 +115,7 @@ def promise(run: Path) -> str:
         for key in ("epsilon", "epsilon_replace_one")
     )
     return (
-        f"privacy: epsilon {one} at delta {made['delta']:g} for a patient, by PRV "
+        f"privacy: epsilon {one} at delta {made['delta']:g} for a {made['unit'].partition(',')[0]}, by PRV "
         f"({other} for one in another's place); {made['not_covered'][0]}"
     )
 

@@ -48,6 +48,10 @@ class Quantile:
                 on average.
         """
         centred = inside - 0.5 * count + self.count_noise * z * float(noise.normal(1))
+        return self.stepped(clip, centred, expected)
+
+    def stepped(self, clip: float, centred: float, expected: float) -> float:
+        """The next clip norm for a noised sum of 1/2 for each within and -1/2 for each beyond it."""
         # the share is one, and so is its noised value: a rare draw does not throw the clip norm far
         share = min(1.0, max(0.0, centred / expected + 0.5))
         return min(_MOST, max(_LEAST, clip * math.exp(-self.rate * (share - self.aim))))
