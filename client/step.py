@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+import os
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -43,11 +45,8 @@ class Stepper:
             batch: what `_backward` reads.
         """
         local = self._plan.local
-        rate = local.lr
-        if local.schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * progress))
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(self._plan, progress)
         self._optimizer.zero_grad(set_to_none=True)
         self._backward(batch)
         if local.clip_norm:
@@ -63,6 +62,49 @@ class Stepper:
             with precision(self._plan.local, device):
                 loss = self.phase.loss(self._model, part).mean() * share
             loss.backward()  # type: ignore[no-untyped-call]
+
+
+SCHEDULES: dict[str, Callable[[float, Local], float]] = {
+    "constant": lambda *_: 1.0,
+    "cosine": lambda t, _: 0.5 * (1 + math.cos(math.pi * t)),
+    "step": lambda t, local: local.decay ** int(t * (local.drops + 1)),
+    "polynomial": lambda t, local: (1 - t) ** local.power,
+}
+"""What the learning rate is multiplied by, `t` in [0, 1) being the way through the rounds after warm-up."""
+
+
+def rate(plan: Plan, progress: float) -> float:
+    """The learning rate of a step, `progress` in [0, 1) being the way through all rounds."""
+    local, rounds = plan.local, plan.federation.rounds
+    if warm := min(local.warmup_rounds, rounds):
+        done = progress * rounds
+        if done < warm:
+            return local.lr * (done + 1 / local.steps) / warm  # the first step moves, too
+        progress = (done - warm) / (rounds - warm)
+    return local.lr * SCHEDULES[local.schedule](progress, local)
+
+
+@contextmanager
+def repeatable(on: bool) -> Iterator[None]:
+    """Torch's deterministic mode for a while; an operation that has none then raises `RuntimeError`."""
+    if not on:
+        yield
+        return
+    # memory that is not written yet is never read: to fill it would cost on a CPU, too
+    flags = ((torch.backends.cudnn, "benchmark"), (torch.utils.deterministic, "fill_uninitialized_memory"))
+    before = [getattr(where, name) for where, name in flags]
+    mode = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or matrix products on a GPU raise
+    try:
+        for where, name in flags:
+            setattr(where, name, False)
+        torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        for (where, name), value in zip(flags, before, strict=True):
+            setattr(where, name, value)
 
 
 def precision(local: Local, device: torch.device) -> torch.autocast:

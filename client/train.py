@@ -18,7 +18,7 @@ from client.archive import fingerprint
 from client.budget import Purpose
 from client.policy import Policy
 from client.private import PrivateStepper, draws
-from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, held, precision
+from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, held, precision, repeatable
 from conf.schema import Plan
 from strategies import build_strategy
 from strategies.base import Correct, Strategy, Study, Tensors
@@ -239,7 +239,8 @@ class Session:
         )
         if self._bench.prefetch:
             batches = ahead(islice(batches, reads))
-        with torch.random.fork_rng(devices=[self._bench.device] if self._bench.device.type == "cuda" else []):
+        here = [self._bench.device] if self._bench.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=here), repeatable(plan.local.deterministic):
             # layers that draw (dropout) use torch's own generator
             self._bench.seed(int(torch.randint(2**31, (), generator=draw)))
             for step in range(plan.local.steps):

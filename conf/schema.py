@@ -57,7 +57,13 @@ class Local(Frozen):
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's momentum; 0 to 0.5 where two networks play")
     weight_decay: float = Field(0.0, ge=0, le=10)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "step", "polynomial"] = Field(
+        "constant", description="of the learning rate, over all rounds"
+    )
+    warmup_rounds: int = Field(0, ge=0, description="rounds of a rising rate, before the schedule")
+    decay: float = Field(0.1, gt=0, le=1, description="what a step of schedule=step multiplies the rate by")
+    drops: int = Field(2, ge=1, description="steps of schedule=step, evenly over the rounds")
+    power: float = Field(0.9, gt=0, le=10, description="of schedule=polynomial: (1 - t)^power")
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 = not clipped")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the network in training; auto: bfloat16 on a GPU, float32 on a CPU"
@@ -66,6 +72,7 @@ class Local(Frozen):
     micro_chunk: int = Field(
         0, ge=0, description="examples (with DP patients) per backward pass; 0 = the batch; changes bits"
     )
+    deterministic: bool = Field(False, description="only operations that repeat to the bit; slower on a GPU")
     freeze: tuple[str, ...] = Field((), description="patterns of tensors that neither train nor travel")
     freeze_depth: int = Field(0, ge=0, description="as many blocks from the input on are frozen")
 
@@ -138,6 +145,23 @@ class Federation(Frozen):
     max_weight: int = Field(4096, ge=1, le=2**20, description="a site's weight is capped here")
     max_value: float = Field(64.0, gt=0, le=2.0**20, description="largest |value| a reply may hold")
     scores: Literal["raw", "binned"] = "raw"
+    choose: Literal["last", "best"] = Field(
+        "last", description="whose round's model is the result; best: by metric on validation"
+    )
+    metric: str = Field(
+        "",
+        pattern=r"^(-?[a-z][a-z0-9_]*)?$",
+        description="such as dice_mean; with a minus, or named like a loss or an error, less is better",
+    )
+    patience: int = Field(0, ge=0, description="evaluations without gain that end the run; 0 = never")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="share of the model's moving average in the next; 0 = no average"
+    )
+
+    @property
+    def by_validation(self) -> bool:
+        """Whether what validation says changes what the run comes to."""
+        return self.choose == "best" or self.patience > 0
 
 
 class Plan(Frozen):
@@ -155,6 +179,17 @@ class Plan(Frozen):
     init: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the first weights; null = drawn by the seed"
     )
+
+    @model_validator(mode="after")
+    def _choice(self) -> Plan:
+        """Who chooses by validation says by what, and validates."""
+        f = self.federation
+        if f.by_validation and not (f.metric and f.evaluate_every):
+            raise ValueError(
+                f"federation.metric is {f.metric!r} and evaluate_every {f.evaluate_every}; choose=best and "
+                "patience need the name of a validation metric (dice_mean, -loss) and evaluations"
+            )
+        return self
 
     @model_validator(mode="after")
     def _public_numbers(self) -> Plan:

@@ -9,12 +9,16 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
+from safetensors import SafetensorError
+
 from conf.exits import Exit, Stop
 from conf.files import no_space, sync_folder, write_synced
 from strategies.base import Tensors
 from strategies.protocol import Epoch, Refused, Tree, pack_file, unpack
 
-_FILES = ("model.safetensors", "strategy.safetensors")
+RESULT = "model.safetensors"
+"""In a run's directory: the model that the run came to, as any reader of safetensors has it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Progress:
 
     Attributes:
         round: rounds done. state: the strategy's. settled: each site's last epoch that counted.
-        exchange: the exchange's clock and outstanding jobs.
+        exchange: the exchange's clock and outstanding jobs. average: the model's moving one, where asked for.
     """
 
     round: int
@@ -31,10 +35,22 @@ class Progress:
     state: Tree
     settled: dict[str, Epoch] = field(default_factory=dict)
     exchange: Tree = field(default_factory=dict)
+    average: Tensors = field(default_factory=dict)
+
+    @property
+    def result(self) -> Tensors:
+        """The model to be scored and kept."""
+        return self.average or self.model
+
+    @property
+    def trees(self) -> dict[str, Tree]:
+        """What a checkpoint holds in files of its own."""
+        always: dict[str, Tree] = {"model": self.model, "strategy": self.state}
+        return {**always, **({"average": self.average} if self.average else {})}
 
 
-def save(folder: Path, progress: Progress, keep: int) -> None:
-    """Write `round-NNNN` below `folder` and drop all but the newest `keep`.
+def save(folder: Path, progress: Progress, keep: int, best: int = 0) -> None:
+    """Write `round-NNNN` below `folder` and drop all but the newest `keep` and that of round `best`.
 
     Raises:
         Stop: (`DISK_FULL`) the older checkpoints are untouched.
@@ -44,8 +60,8 @@ def save(folder: Path, progress: Progress, keep: int) -> None:
     with no_space(final, "wardround resume"):
         try:
             temporary.mkdir(parents=True)
-            trees = zip(_FILES, (progress.model, progress.state), strict=True)
-            digests = {name: pack_file(tree, temporary / name) for name, tree in trees}
+            named = {f"{name}.safetensors": tree for name, tree in progress.trees.items()}
+            digests = {name: pack_file(tree, temporary / name) for name, tree in named.items()}
             seal = {
                 "round": progress.round,
                 "settled": {site: list(epoch) for site, epoch in sorted(progress.settled.items())},
@@ -60,11 +76,10 @@ def save(folder: Path, progress: Progress, keep: int) -> None:
             sync_folder(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    for old in (
-        *_all(folder)[:-keep],
-        *folder.glob(".round-*.part"),
-    ):  # half-written ones of killed processes
-        shutil.rmtree(old)
+    half = folder.glob(".round-*.part")  # of killed processes
+    for old in (*_all(folder)[:-keep], *half):
+        if not best or old != folder / f"round-{best:04d}":
+            shutil.rmtree(old)
 
 
 def latest(folder: Path) -> tuple[Progress | None, list[str]]:
@@ -94,14 +109,32 @@ def load(path: Path) -> Progress:
         ValueError: it is damaged; the message says which file.
     """
     state = _unsealed((path / "state.json").read_bytes())
-    trees = []
-    for name in _FILES:
+    trees = {}
+    for name, sha256 in state["sha256"].items():
         blob = (path / name).read_bytes()
-        if hashlib.sha256(blob).hexdigest() != state["sha256"][name]:
+        if hashlib.sha256(blob).hexdigest() != sha256:
             raise ValueError(f"{name} does not match its digest")
-        trees.append(unpack(blob))
+        trees[name.partition(".")[0]] = unpack(blob)
     settled = {site: (epoch[0], epoch[1]) for site, epoch in state["settled"].items()}
-    return Progress(state["round"], trees[0], trees[1], settled, state["exchange"])
+    average = trees.get("average", {})
+    return Progress(state["round"], trees["model"], trees["strategy"], settled, state["exchange"], average)
+
+
+def result(run: Path) -> Tensors:
+    """The model of a run's directory: that of its end, else of its newest checkpoint.
+
+    Raises:
+        Stop: (`NO_RUN`, `CHECKPOINT_DAMAGED`) there is none.
+    """
+    if (run / RESULT).exists():
+        try:
+            return safetensors.torch.load((run / RESULT).read_bytes())
+        except SafetensorError as error:
+            raise Stop(Exit.CHECKPOINT_DAMAGED, f"{run / RESULT} is damaged: {error}") from None
+    progress, _ = latest(run / "checkpoints")
+    if progress is None:
+        raise Stop(Exit.NO_RUN, f"{run} has no checkpoint; give a run's directory")
+    return progress.result
 
 
 def kept(folder: Path) -> list[Tree]:

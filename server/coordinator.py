@@ -115,7 +115,7 @@ class Coordinator:
             charged = charges(plan, folder.path / "journal.jsonl")
             keep(statement(plan, charged, deployed=True), folder.path)
         for name in run.study.task.trivial() if "trivial" in folder.settings.baselines else ():
-            if not run.metrics.has(run.rounds, name):
+            if not run.metrics.has(run.progress.round, name):
                 run.metrics.add(run.trivial(name, ("val", "test")))
 
 

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from conf.exits import Exit, Stop
 from conf.files import no_space, write_atomic
 from conf.schema import Plan
 from strategies.exact import Collect, Collected
@@ -20,6 +21,9 @@ from tasks.metrics import Statistics
 
 Line = dict[str, Any]
 _HEAD = ("round", "split", "model", "site", "patients")
+
+LESS = {"loss", "error", "nll", "brier", "ece", "mae", "mse", "rmse", "hd95", "assd", "fid", "mmd"}
+"""Words in a metric's name that say that less of it is better."""
 
 
 class Metrics:
@@ -34,12 +38,37 @@ class Metrics:
             self._lines = [json.loads(line) for line in path.read_text().splitlines()]
 
     def forget(self, after: int) -> None:
-        """Drop what was measured after round `after`: those rounds will be repeated."""
-        self._lines = [line for line in self._lines if line["round"] <= after]
+        """Drop what was measured after round `after`, and its end: those rounds will be repeated."""
+        left = [line for line in self._lines if line["round"] <= after]
+        if len(left) < len(self._lines):
+            self._lines = [line for line in left if line["split"] != "test"]
 
-    def has(self, round: int, model: str = "federated") -> bool:
-        """Whether a model was scored in this round."""
-        return any(line["round"] == round and line["model"] == model for line in self._lines)
+    def has(self, round: int, model: str = "federated", split: str = "") -> bool:
+        """Whether a model was scored in this round, on this split where one is named."""
+        return any(
+            line["round"] == round and line["model"] == model and split in ("", line["split"])
+            for line in self._lines
+        )
+
+    def best(self, metric: str) -> tuple[int, int]:
+        """The round with the best federated model on validation (the first of equals), evaluations since.
+
+        Raises:
+            Stop: (`CONFIG`) no such metric.
+        """
+        name = metric.removeprefix("-")
+        sign = -1 if name != metric or LESS & set(name.split("_")) else 1
+        best, value, since = 0, -math.inf, 0
+        for line in self._lines:
+            if (line["model"], line["site"], line["split"]) != ("federated", "all", "val"):
+                continue
+            if name not in line:
+                known = ", ".join(sorted(line.keys() - {"round", "split", "model", "site", "patients"}))
+                raise Stop(Exit.CONFIG, f"federation.metric is {metric!r}; validation has: {known}")
+            since += 1
+            if sign * line[name] > value:
+                best, value, since = line["round"], sign * line[name], 0
+        return best, since
 
     def add(self, lines: Iterable[Line]) -> None:
         """Add an evaluation; the file is replaced in one step."""

@@ -180,6 +180,12 @@ class House:
             )
         if settings.data.plan == "auto":
             raise Stop(Exit.CONFIG, "data.plan is 'auto', which is for simulated sites; set data.plan=given")
+        if settings.plan.privacy.mode != "none" and settings.plan.federation.by_validation:
+            raise Stop(
+                Exit.CONFIG,
+                "federation.choose=best and patience go by validation metrics, which under DP no site lets "
+                "go; set choose=last and patience=0",
+            )
         data, runtime = Data(root="each site's own"), Runtime(name="flower")
         own: tuple[Baseline, ...] = ("trivial",) if "trivial" in settings.baselines else ()
         plan = calibrated(settings.plan)

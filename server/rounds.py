@@ -13,16 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
+import torch
+
 from conf.exits import Exit, Stop
-from conf.files import no_space
-from server.checkpoint import Progress, kept, latest, save
+from conf.files import no_space, write_atomic
+from server.checkpoint import RESULT, Progress, kept, latest, load, save
 from server.cohort import cohort
 from server.evaluate import Line, Metrics
 from server.exchange import Exchange, Order
 from server.journal import Journal
-from strategies.base import Abandon, Ask, Strategy, Study
+from strategies.base import Abandon, Ask, Strategy, Study, Tensors
 from strategies.exact import MAX_ADDS, Collected, Folded, Sum
-from strategies.protocol import Epoch, Failure, Instruction, Spec, Tree
+from strategies.protocol import Epoch, Failure, Instruction, Refused, Spec, Tree, apart
 
 ATTEMPTS = 3
 
@@ -83,7 +86,7 @@ class Run:
         self._propose()
         if evaluate:
             self._evaluate()  # a crash may have fallen between a checkpoint and its evaluation
-        while self.progress.round < self.rounds:
+        while self.progress.round < self.rounds and not self._idle():
             began = time.monotonic()
             self.watch("start", self.progress.round + 1)
             self.progress = self._round(self.progress.round + 1)
@@ -94,7 +97,19 @@ class Run:
             if evaluate:
                 self._evaluate()
             self._time(train=trained - began, checkpoint=saved - trained, evaluate=time.monotonic() - saved)
+        if evaluate:
+            self._conclude()
         return self.progress
+
+    def _best(self) -> tuple[int, int]:
+        """The round that did best on validation, where anyone asks for it, and evaluations since."""
+        f = self.study.plan.federation
+        return self.metrics.best(f.metric) if f.by_validation else (0, 0)
+
+    def _idle(self) -> bool:
+        """Whether validation has not gained for as long as the plan has patience."""
+        patience = self.study.plan.federation.patience
+        return bool(patience) and self._best()[1] >= patience
 
     def _propose(self) -> None:
         """Plan and first weights travel once; a site that refuses is not fatal while enough others accept."""
@@ -152,7 +167,15 @@ class Run:
         finally:
             if isinstance(folded, Collected):
                 folded.close()
-        return Progress(r, model, state, before.settled | settled, self.exchange.snapshot())
+        settled = before.settled | settled
+        return Progress(r, model, state, settled, self.exchange.snapshot(), self._average(model))
+
+    def _average(self, model: Tensors) -> Tensors:
+        """The exponential moving average over rounds, which begins with the first one's model."""
+        beta, before = self.study.plan.federation.ema, self.progress.average
+        if not beta:
+            return {}
+        return {n: torch.lerp(t, before[n], beta) for n, t in model.items()} if before else dict(model)
 
     def ask(self, ask: Ask, r: int, attempt: int) -> Folded:
         """Send one ask out and return what it folded to; failures are journaled as they happen."""
@@ -189,29 +212,55 @@ class Run:
         return folded
 
     def _evaluate(self) -> None:
-        """Score the model where that is due and not yet done: on validation, at the end on test too."""
-        r, every = self.progress.round, self.study.plan.federation.evaluate_every
-        last = r == self.rounds
-        if (
-            r == 0
-            or not self.strategy.scored
-            or self.metrics.has(r)
-            or not (last or (every and r % every == 0))
-        ):
+        """Score the model on validation, where that is due and not yet done.
+
+        Raises:
+            Stop: (`CONFIG`, `SITE_REFUSED`) the plan wants to choose by it, and cannot.
+        """
+        r, f = self.progress.round, self.study.plan.federation
+        due = r == self.rounds or bool(f.evaluate_every and r % f.evaluate_every == 0)
+        if r == 0 or not due or not self.strategy.scored or self.metrics.has(r, split="val"):
             return
-        lines = []
-        for split in ("val", "test") if last else ("val",):
-            lines += self.score("federated", {"kind": "federated", **self._down()}, split)
-            if self.strategy.personalises:
-                lines += self.score("personal", {"kind": "personal", **self._down()}, split)
+        self._score_all(self.progress, "val")
+        if f.by_validation and not self._best()[0]:
+            raise Stop(
+                Exit.SITE_REFUSED,
+                "no site tells how the model does on validation, and federation.choose=best and patience go "
+                "by it; set choose=last and patience=0",
+            )
+
+    def _conclude(self) -> None:
+        """Score the model that is the result on test patients, and keep it.
+
+        Raises:
+            Stop: (`CHECKPOINT_DAMAGED`, `DISK_FULL`).
+        """
+        if not self.strategy.scored:
+            return
+        best = self._best()[0] if self.study.plan.federation.choose == "best" else self.progress.round
+        chosen = self.progress
+        if best != chosen.round:
+            path = self.folder / "checkpoints" / f"round-{best:04d}"
+            try:
+                chosen = load(path)
+            except (OSError, ValueError, KeyError, TypeError, Refused) as error:
+                raise Stop(Exit.CHECKPOINT_DAMAGED, f"the best model, {path}, is gone: {error}") from None
+        if not self.metrics.has(best, split="test"):
+            self._score_all(chosen, "test")
+        with no_space(self.folder / RESULT, "wardround resume"):
+            write_atomic(self.folder / RESULT, safetensors.torch.save(apart(chosen.result)))
+
+    def _score_all(self, progress: Progress, split: str) -> None:
+        """Score a round's model, and the sites' own, as one evaluation."""
+        down = self.strategy.down(progress.state, progress.result, self.study)
+        lines = self.score("federated", {"kind": "federated", **down}, split, progress.round)
+        if self.strategy.personalises:
+            lines += self.score("personal", {"kind": "personal", **down}, split, progress.round)
         self.metrics.add(lines)
-        self.watch("evaluate", r)
+        self.watch("evaluate", self.progress.round)
 
-    def _down(self) -> Tree:
-        return self.strategy.down(self.progress.state, self.progress.model, self.study)
-
-    def score(self, model: str, down: Tree, split: str) -> list[Line]:
-        """Ask every site to score a model on a split; one line a site, one over all."""
+    def score(self, model: str, down: Tree, split: str, r: int = 0) -> list[Line]:
+        """Ask every site to score a model on a split; a line a site, one over all, of round `r` (0: this)."""
         stage = f"evaluate/{model}/{split}"
         spec = self.strategy.spec(self.study, stage)
         ask = Ask(
@@ -221,7 +270,8 @@ class Run:
         if not isinstance(folded, Collected):
             raise TypeError("an evaluation is collected")
         with folded:
-            return self.metrics.lines(folded, self.study.task.statistics(), self.progress.round, split, model)
+            zero = self.study.task.statistics()
+            return self.metrics.lines(folded, zero, r or self.progress.round, split, model)
 
     def trivial(self, name: str, splits: Sequence[str]) -> list[Line]:
         """Fit a trivial predictor by exact sums over the sites, and score it like a model."""
@@ -242,7 +292,7 @@ class Run:
 
     def _save(self) -> None:
         folder = self.folder / "checkpoints"
-        save(folder, self.progress, self.keep)
+        save(folder, self.progress, self.keep, self._best()[0])
         if not (self.folder / "blobs").is_dir():
             return
         # payloads of outstanding asynchronous jobs live as long as a checkpoint that names them

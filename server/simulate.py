@@ -82,6 +82,10 @@ def _prepared(path: Path, settings: Settings, federation: Federation) -> RunFold
     """A new run's directory, once the plan is whole and was tried."""
     settings = settings.model_copy(update={"plan": calibrated(settings.plan)})
     federation.rehearse(settings.plan)
+    if settings.plan.privacy.mode != "none" and settings.plan.federation.by_validation:
+        note(
+            "the choice by validation is exact, and in no ε: simulated sites may, real ones keep metrics home"
+        )
     settings, first = begin(settings)
     return RunFolder.create(path, settings, initial=first)
 
@@ -288,10 +292,10 @@ class Simulation:
         trivial = run.study.task.trivial() if "trivial" in self.folder.settings.baselines else ()
         lines: list[Line] = []
         for name in trivial:
-            if not run.metrics.has(run.rounds, name):
+            if not run.metrics.has(run.progress.round, name):
                 lines += run.trivial(name, ("val", "test"))
         for name, model in baselines.items():
-            if not run.metrics.has(run.rounds, name):
+            if not run.metrics.has(run.progress.round, name):
                 for part in ("val", "test"):
                     lines += run.score(name, {"kind": "given", "model": model}, part)
         return lines
@@ -307,7 +311,15 @@ class Simulation:
         if "local" in asked:
             federations |= {f"local:{name}": self.federation.merged(name, [name]) for name in names}
         plan = self.folder.settings.plan
-        rules = plan.federation.model_copy(update={"cohort": 0, "min_replies": 1, "round_timeout_s": 0.0})
+        rules = plan.federation.model_copy(
+            update={
+                "cohort": 0,
+                "min_replies": 1,
+                "round_timeout_s": 0.0,
+                "choose": "last",
+                "patience": 0,
+            }
+        )
         alone = plan.model_copy(update={"strategy": Section(name="fedavg"), "federation": rules})
         # with DP, one site of all patients has as many more of them as there are sites
         crowd = plan.privacy.model_copy(
@@ -326,7 +338,7 @@ class Simulation:
             progress, _ = latest(path / "checkpoints")
             if progress is None or progress.round < plan.federation.rounds:
                 raise Stop(Exit.INTERNAL, f"the baseline {name} did not end; wardround resume repeats it")
-            models[name] = progress.model
+            models[name] = progress.result
         return models
 
 

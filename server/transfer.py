@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conf.exits import Exit, Stop
 from conf.schema import Settings
-from server.checkpoint import latest
+from server.checkpoint import result
 from server.progress import note
 from strategies.base import Study, Tensors
 from strategies.protocol import Refused, digest, pack, unpack
@@ -66,15 +66,12 @@ def tensors(path: Path) -> dict[str, Tensor]:
         Stop: (`CONFIG`, `NO_RUN`, `CHECKPOINT_DAMAGED`) there are none.
     """
     if path.is_dir():
-        progress, _ = latest(path / "checkpoints")
-        if progress is None:
-            raise Stop(Exit.NO_RUN, f"model.init is {path}, which has no checkpoint; give a run's directory")
-        return progress.model
+        return result(path)
     if path.suffix != ".safetensors":
-        what = "is none" if path.exists() else "does not exist"
+        what = "this is neither" if path.exists() else "there is none"
         raise Stop(
             Exit.CONFIG,
-            f"model.init is {path}; need a run's directory or a .safetensors file, and this {what} "
+            f"model.init is {path}; need a run's directory or a .safetensors file; {what} "
             "(a pickled file can run code: docs/researcher.md has the line that converts it)",
         )
     try:

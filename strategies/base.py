@@ -199,6 +199,9 @@ class Strategy:
     personalises = False
     """Whether sites end up with models of their own."""
 
+    whole = True
+    """Whether sites predict with the model that travels alone: then an earlier round's can be had again."""
+
     fits = 1
     """How often a site trains in a round: what a round costs under DP."""
 
@@ -218,6 +221,9 @@ class Strategy:
         """
         if not self.shared(study):
             raise Stop(Exit.CONFIG, "nothing that travels is left of the model: keep or freeze less of it")
+        if study.plan.federation.choose == "best" and not self.whole:
+            what = f"strategy {study.plan.strategy.name} leaves a part of the model at each site"
+            raise Stop(Exit.CONFIG, f"federation.choose is best, but {what}, as it is after the last round")
 
     def shared(self, study: Study) -> tuple[str, ...]:
         """Names of the tensors that travel: not the frozen; under DP what the noise covers, no buffer."""

@@ -45,6 +45,7 @@ class _Homely(Strategy):
     """FedAvg of all but some tensors, which each site trains and keeps."""
 
     stateful = True
+    whole = False
 
     def home(self, study: Study) -> frozenset[str]:
         """Names of what stays at the site."""

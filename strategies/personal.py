@@ -25,6 +25,7 @@ class Ditto(Strategy):
     __pydantic_config__ = STRICT
     stateful = True
     personalises = True
+    whole = False
     fits = 2
     lam: Annotated[float, Ge(0)] = 0.1
 

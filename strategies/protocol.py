@@ -231,7 +231,7 @@ def pack(tree: Tree) -> bytes:
         ValueError: a leaf that is neither scalar nor tensor, NaN outside a tensor, a reserved key.
     """
     text, tensors = strip(tree)
-    return safetensors.torch.save(_apart(tensors), metadata={_META: text})
+    return safetensors.torch.save(apart(tensors), metadata={_META: text})
 
 
 def pack_file(tree: Tree, path: Path) -> str:
@@ -243,7 +243,7 @@ def pack_file(tree: Tree, path: Path) -> str:
     """
     text, tensors = strip(tree)
     try:
-        safetensors.torch.save_file(_apart(tensors), path, metadata={_META: text})
+        safetensors.torch.save_file(apart(tensors), path, metadata={_META: text})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error)) from None
@@ -286,7 +286,7 @@ def _strip(node: Any, tensors: dict[str, Tensor], depth: int) -> Any:
     raise ValueError(f"a tree holds scalars and tensors; got {type(node).__name__}")
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors, none sharing memory with another: safetensors refuses anything else."""
     seen: set[int] = set()
     apart = {}

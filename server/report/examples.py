@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from conf.exits import Exit, Stop
-from server.checkpoint import latest
+from server.checkpoint import result
 from server.runfolder import RunFolder
 from server.simulate import Federation
 from tasks.base import Case, Prediction, build_task
@@ -21,13 +20,11 @@ def examples(run: Path) -> list[tuple[str, Case, Prediction]]:
     """
     folder = RunFolder.open(run)
     plan = folder.settings.plan
-    progress, _ = latest(run / "checkpoints")
-    if progress is None:
-        raise Stop(Exit.NO_RUN, f"{run} has no checkpoint yet; continue it with wardround resume")
+    weights = result(run)
     task = build_task(plan)
     model = task.build_model()
     # integer buffers never travel, so the checkpoint has none
-    model.load_state_dict(dict(progress.model), strict=False)
+    model.load_state_dict(weights, strict=False)
     model.eval()
     federation = Federation.of(folder.settings.data, plan)
     shown = []

@@ -216,7 +216,7 @@ def test_late_letters_are_taken_from_superlink_in_a_later_ask(ram: Path) -> None
     late = [letter for letter in exchange._strays if letter not in wire.posted]
     assert len(late) == 1
     wire.posted[late[0]] = Answer("reply", "0" * 64, b"late")
-    asked.score("federated", {"kind": "federated", **asked._down()}, "val")
+    asked.score("federated", {"kind": "federated", **strategy.down({}, study.initial, study)}, "val")
     assert not exchange._strays
     assert not wire.posted
 
