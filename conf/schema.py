@@ -8,43 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Scalar = bool | int | float | str | None
-Value = Scalar | list[Scalar] | dict[str, Scalar | list[Scalar]]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-
-
-def _own(name: object) -> object:
-    """Keys of JSON are texts: one that is a whole number is that number."""
-    return int(name) if isinstance(name, str) and re.fullmatch(r"-?\d{1,9}", name) else name
-
-
-#: a number or name as a site's files hold it
-Own = Annotated[int | str, BeforeValidator(_own)]
-
-
-class Frozen(BaseModel):
-    """Immutable, no unknown keys, no NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Section(BaseModel):
-    """A name in one of the tables, and that entry's own parameters (checked when it is built)."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, Value] = Field(init=False)
-    name: Name
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """All but the name."""
-        return dict(self.__pydantic_extra__ or {})
+from conf.section import Frozen as Frozen
+from conf.section import Name as Name
+from conf.section import Own as Own
+from conf.section import Scalar as Scalar
+from conf.section import Section as Section
+from conf.section import SiteName as SiteName
+from conf.section import Value as Value
 
 
 class Local(Frozen):
@@ -226,6 +200,12 @@ class Plan(Frozen):
                 "patients a site has would be a release"
             )
         return self
+
+    @property
+    def chooses_beside_privacy(self) -> bool:
+        """Whether a private run goes by exact metrics, which no noise covers."""
+        private = self.privacy.mode != "none" and self.privacy.metrics == "home"
+        return private and self.federation.by_validation
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces. What `plan.json` holds and what travels."""

@@ -53,6 +53,8 @@ class Metrics:
     def best(self, metric: str) -> tuple[int, int]:
         """The round with the best federated model on validation (the first of equals), evaluations since.
 
+        Under noise an evaluation may lack a metric: then it is no gain.
+
         Raises:
             Stop: (`CONFIG`) no such metric.
         """
@@ -62,12 +64,12 @@ class Metrics:
         for line in self._lines:
             if (line["model"], line["site"], line["split"]) != ("federated", "all", "val"):
                 continue
-            if name not in line:
-                known = ", ".join(sorted(line.keys() - {"round", "split", "model", "site", "patients"}))
+            if name not in line and not covers(self._plan, "federated"):
+                known = ", ".join(sorted(line.keys() - set(_HEAD)))
                 raise Stop(Exit.CONFIG, f"federation.metric is {metric!r}; validation has: {known}")
             since += 1
-            if sign * line[name] > value:
-                best, value, since = line["round"], sign * line[name], 0
+            if (gain := sign * line.get(name, math.nan)) > value:
+                best, value, since = line["round"], gain, 0
         return best, since
 
     def add(self, lines: Iterable[Line]) -> None:

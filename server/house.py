@@ -180,11 +180,11 @@ class House:
             )
         if settings.data.plan == "auto":
             raise Stop(Exit.CONFIG, "data.plan is 'auto', which is for simulated sites; set data.plan=given")
-        if settings.plan.privacy.mode != "none" and settings.plan.federation.by_validation:
+        if settings.plan.chooses_beside_privacy:
             raise Stop(
                 Exit.CONFIG,
-                "federation.choose=best and patience go by validation metrics, which under DP no site lets "
-                "go; set choose=last and patience=0",
+                "federation.choose=best and patience go by validation metrics, which privacy.metrics=home "
+                "keeps at the sites; set privacy.metrics=noised, or choose=last and patience=0",
             )
         data, runtime = Data(root="each site's own"), Runtime(name="flower")
         own: tuple[Baseline, ...] = ("trivial",) if "trivial" in settings.baselines else ()

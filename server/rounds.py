@@ -222,7 +222,7 @@ class Run:
         if r == 0 or not due or not self.strategy.scored or self.metrics.has(r, split="val"):
             return
         self._score_all(self.progress, "val")
-        if f.by_validation and not self._best()[0]:
+        if f.by_validation and not self.metrics.has(r, split="val"):
             raise Stop(
                 Exit.SITE_REFUSED,
                 "no site tells how the model does on validation, and federation.choose=best and patience go "
@@ -237,8 +237,9 @@ class Run:
         """
         if not self.strategy.scored:
             return
-        best = self._best()[0] if self.study.plan.federation.choose == "best" else self.progress.round
-        chosen = self.progress
+        best, chosen = self.progress.round, self.progress
+        if self.study.plan.federation.choose == "best":
+            best = self._best()[0] or best
         if best != chosen.round:
             path = self.folder / "checkpoints" / f"round-{best:04d}"
             try:

@@ -82,7 +82,7 @@ def _prepared(path: Path, settings: Settings, federation: Federation) -> RunFold
     """A new run's directory, once the plan is whole and was tried."""
     settings = settings.model_copy(update={"plan": calibrated(settings.plan)})
     federation.rehearse(settings.plan)
-    if settings.plan.privacy.mode != "none" and settings.plan.federation.by_validation:
+    if settings.plan.chooses_beside_privacy:
         note(
             "the choice by validation is exact, and in no ε: simulated sites may, real ones keep metrics home"
         )

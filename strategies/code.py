@@ -7,7 +7,8 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-_PARTS = ("conf/schema.py", "conf/table.py", "conf/files.py", "tasks", "strategies", "client")
+_CONF = ("conf/schema.py", "conf/section.py", "conf/table.py", "conf/files.py")
+_PARTS = (*_CONF, "tasks", "strategies", "client")
 _LIBRARIES = ("torch", "numpy", "monai")
 
 

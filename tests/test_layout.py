@@ -17,6 +17,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (PROJECT / package).rg
 #: to be read in an evening: protocol, exact sums, round loop, site gate, local training, base types
 CORE = (
     "conf/schema.py",
+    "conf/section.py",
     "conf/table.py",
     "conf/exits.py",
     "tasks/base.py",

@@ -140,7 +140,7 @@ def test_the_moving_average_is_its_closed_form_and_is_what_is_scored(ram: Path) 
 
 def metrics(folder: Path, name: str, values: list[float]) -> Metrics:
     head = {"split": "val", "model": "federated", "site": "all", "patients": 1}
-    made = Metrics(folder / "m.jsonl")
+    made = Metrics(folder / "m.jsonl", plan())
     made.add({**head, "round": 2 * i + 2, name: value} for i, value in enumerate(values))
     return made
 
@@ -160,6 +160,18 @@ BEST: dict[str, tuple[str, list[float], tuple[int, int]]] = {
 def test_the_best_is_by_the_metrics_own_direction(case: str, tmp_path: Path) -> None:
     metric, values, found = BEST[case]
     assert metrics(tmp_path, metric.removeprefix("-"), values).best(metric) == found
+
+
+def test_under_noise_an_evaluation_without_the_metric_is_no_gain(tmp_path: Path) -> None:
+    local, privacy = {"batch_size": 2}, {"mode": "dpsgd", "sigma": 1.0, "nominal_patients": 4}
+    noised = {**privacy, "metrics": "noised", "metrics_sigma": 1.0}
+    federation = {"weight": "equal", "patience": 1, "metric": "loss"}
+    made = toy_plan(local=local, privacy=noised, federation=federation)
+    found = metrics(tmp_path, "loss", [0.2, 0.1])
+    found.add([{"split": "val", "model": "federated", "site": "all", "patients": 1, "round": 6}])
+    assert Metrics(tmp_path / "m.jsonl", made).best("loss") == (4, 1)
+    assert not made.chooses_beside_privacy
+    assert toy_plan(local=local, privacy=privacy, federation=federation).chooses_beside_privacy
 
 
 def test_a_metric_that_validation_does_not_have_is_refused_with_those_it_has(ram: Path) -> None:
