@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engine": (("peers.py", "--harness", str(PEERS)),),
     "deployed": (("-m", "bench.deployed"),),
     "dp": (("dp.py",),),
+    "audit": (("audit.py",),),
     "gpu": (("gpu.py",),),
 }
 NEEDS_PEERS = ("scaling", "engine")

@@ -60,5 +60,5 @@ def test_an_unknown_part_lists_the_known_ones() -> None:
     assert done.returncode == 1
     assert (
         done.stderr
-        == "no part 'speed'; known: fold, commands, ingest, ledger, scaling, engine, deployed, dp, gpu\n"
+        == "no part 'speed'; known: fold, commands, ingest, ledger, scaling, engine, deployed, dp, audit, gpu\n"
     )
