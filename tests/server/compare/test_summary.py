@@ -113,6 +113,12 @@ def test_one_sites_patients(runs: list[Path]) -> None:
         compare(runs, site="c")
 
 
+def test_the_test_part_of_a_specimen_is_no_sites_own(tmp_path: Path) -> None:
+    given = ["data.partition=contiguous", "data.sites=2", "data.blocks=2"]
+    made = compare([run(tmp_path, k, *given, models=["federated", "local:a"]) for k in range(3)])
+    assert [(g.other, g.where) for g in made.gaps] == [("local:a", "")]
+
+
 def test_without_rows_the_folds_are_paired(tmp_path: Path) -> None:
     made = compare([run(tmp_path, k, rows=False) for k in range(3)])
     found = gap(made, "constant").interval
