@@ -22,7 +22,8 @@ from tasks.criteria import Criterion
 from tasks.losses import LOSS_TABLE, LOSSES
 
 K, B = 4, 5
-VECTORS = [name for name, entry in LOSS_TABLE.items() if entry.targets != "map"]
+TARGETS = ("classes", "multilabel", "ordinal", "continuous")
+VECTORS = [name for name, entry in LOSS_TABLE.items() if entry.targets in TARGETS]
 #: what a loss cannot do without, or what makes it more than its default
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "class_cross_entropy": [{}, {"weights": [1.0, 2.0, 3.0, 4.0], "smoothing": 0.1}],

@@ -39,7 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
     "alexnet": {"channels": [4, 6, 6, 6, 4], "hidden": [8, 6]},
     "vit": {"width": 12, "heads": 2, "depth": 2, "inner": 12, "patch": 16},
     "lenet": {"channels": [3, 4], "hidden": [8, 6], "cells": 2},
-    "convnet": {"channels": [4, 6, 8]},
+    "convnet": {"channels": [4, 6, 8], "cells": 2},
     "mlp": {"channels": [8, 6]},
 }
 
