@@ -150,7 +150,7 @@ DEFECTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 def test_nothing_is_wrong_with_the_product(seed: int) -> None:
     found = verdict(plan(), seen(plan(), seed=seed), 2.0, seed)
     assert found["verdict"] == "not refuted"
-    assert found["words"].startswith("ε ≥ 0.")
+    assert found["words"].startswith(f"ε ≥ {found['epsilon_at_least']:.2f} at")
     assert found["words"].endswith(f" at 95 %, gradient canaries, one run, m = 1000, seed {seed}")
 
 
@@ -165,9 +165,10 @@ def test_a_defect_shows(defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_claim_is_held_against_what_was_charged_too() -> None:
     """A ledger that holds too little claims too little."""
-    found = seen(plan())
-    assert verdict(plan(), replace(found, charged=(Entry(50.0, RATE, 1),)), float("inf"), 0)["refuted"]
-    assert not verdict(plan(), found, float("inf"), 0)["refuted"]
+    made = plan(sigma=1.0)
+    found = seen(made)
+    assert verdict(made, replace(found, charged=(Entry(50.0, RATE, 1),)), float("inf"), 0)["refuted"]
+    assert not verdict(made, found, float("inf"), 0)["refuted"]
 
 
 def test_one_patient_after_the_other_is_audited_alike(monkeypatch: pytest.MonkeyPatch) -> None:
