@@ -88,6 +88,9 @@ class Privacy(Frozen):
     )
     examples: int = Field(1, ge=1, le=4096, description="examples of a patient in a step; their mean counts")
     delta: float = Field(1e-5, gt=0, lt=1)
+    swap_norms: bool = Field(
+        False, description="put GroupNorm, which sees one example, in the place of the model's BatchNorm"
+    )
     metrics: Literal["home", "noised"] = Field(
         "home", description="scores of real sites; simulated ones tell exact metrics where it is home"
     )

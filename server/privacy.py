@@ -13,10 +13,12 @@ from conf.exits import Exit, Stop
 from conf.files import no_space, write_atomic
 from conf.schema import Plan
 from strategies import build_strategy
-from strategies.base import Study
+from strategies.base import GROUPS, Study, fresh_model
 from strategies.privacy import central, metrics
 from strategies.privacy.accountant import Entry, across, calibrate, merged, prv, replace_one
 from strategies.privacy.dpsgd import steps
+from tasks.base import build_task
+from tasks.networks.norms import swap_norms
 
 #: what stands beside the noised updates, in a simulation and in a deployed run
 _EXACT = (
@@ -117,6 +119,7 @@ def statement(
             name: [{"sigma": e.sigma, "q": e.q, "steps": e.steps} for e in merged(found)]
             for name, found in sorted(entries.items())
         },
+        **_swapped(plan),
         "not_covered": list(_DEPLOYED) if deployed else [*exact, *_SIMULATED],
     }
 
@@ -134,12 +137,21 @@ def central_statement(plan: Plan, sites: int) -> dict[str, Any]:
         "epsilon_replace_one": _finite(replace_one(spent, delta)),
         "charged": {"coordinator": [{"sigma": e.sigma, "q": e.q, "steps": e.steps} for e in spent]},
         "noise_to_signal": noise_to_signal(plan, sites),
+        **_swapped(plan),
         "not_covered": [
             *_EXACT,
             "the coordinator sees every site's update, and is trusted; a patient is not the unit",
             *_SIMULATED,
         ],
     }
+
+
+def _swapped(plan: Plan) -> dict[str, list[str]]:
+    """Where the model has a GroupNorm in the place of a BatchNorm."""
+    if not plan.privacy.swap_norms:
+        return {}
+    before = plan.model_copy(update={"privacy": plan.privacy.model_copy(update={"swap_norms": False})})
+    return {"swapped_norms": swap_norms(fresh_model(before, build_task(plan)), GROUPS)}
 
 
 def noise_to_signal(plan: Plan, sites: int) -> float:

@@ -22,6 +22,7 @@ from strategies.exact import Fold, Folded, Sum, Total
 from strategies.protocol import Refused, Spec, Tree, Update, digest, pack
 from strategies.transfer import frozen
 from tasks.base import Task, build_task
+from tasks.networks.norms import swap_norms
 from tasks.seeds import seed
 
 MOST_ROWS = 2**20
@@ -96,7 +97,10 @@ def fresh_model(plan: Plan, task: Task) -> nn.Module:
     """The model as it is before round 1, on the CPU; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed(plan.seed, "", 0, "plan", "model") % 2**32)
-        return task.build_model()
+        model = task.build_model()
+    if plan.privacy.swap_norms:
+        swap_norms(model, GROUPS)
+    return model
 
 
 def _begun(fresh: Tensors, given: object, sha256: str) -> Tensors:
@@ -107,6 +111,9 @@ def _begun(fresh: Tensors, given: object, sha256: str) -> Tensors:
         raise Refused("plan", "other first weights")
     return {name: update.tensors[name] for name in fresh}
 
+
+GROUPS = 8
+"""Of a GroupNorm that stands in for a BatchNorm; as many of them as divide its channels."""
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -80,7 +80,7 @@ class Central(Strategy):
         self.inner.check(study)
         if stray := sorted(study.initial.keys() - study.trainable):
             text = f"privacy.mode is 'central', but the model keeps statistics of its batches in {stray[0]}"
-            raise Stop(Exit.CONFIG, f"{text} (BatchNorm); use model.norm=instance or group")
+            raise Stop(Exit.CONFIG, f"{text} (BatchNorm); use privacy.swap_norms=true")
 
     def __post_init__(self) -> None:
         for name in ("stateful", "personalises", "fits", "tells", "scored"):

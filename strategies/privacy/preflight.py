@@ -78,7 +78,7 @@ def fault(phase: Phase, model: nn.Module, batch: Batch) -> str:
         if changed := [name for name, b in model.named_buffers() if not torch.equal(b, buffers[name])]:
             return (
                 f"keeps statistics of its batches in {changed[0]} (BatchNorm, frozen or not); "
-                "use model.norm=instance or group"
+                "use privacy.swap_norms=true, or model.norm=instance or group"
             )
         return _coupling(phase, model, here, other, losses[0])
 

@@ -22,7 +22,7 @@ def swap_norms(model: nn.Module, groups: int) -> list[str]:
     Weight and bias are kept; running statistics are dropped.
 
     Args:
-        groups: at most so many; each layer has the largest common divisor with its width.
+        groups: at most so many; each layer has the largest common divisor with its width, of vectors one.
     """
     swapped: dict[str, nn.Module] = {}
     made: dict[nn.Module, nn.Module] = {}  # a layer may stand under two names
@@ -36,7 +36,9 @@ def swap_norms(model: nn.Module, groups: int) -> list[str]:
 
 
 def _grouped(old: _BatchNorm, groups: int) -> nn.GroupNorm:
-    new = nn.GroupNorm(math.gcd(groups, old.num_features), old.num_features, old.eps, old.affine)
+    # of a vector a channel is one value, and a group of one value has no spread
+    groups = 1 if isinstance(old, nn.BatchNorm1d) else math.gcd(groups, old.num_features)
+    new = nn.GroupNorm(groups, old.num_features, old.eps, old.affine)
     if old.affine:
         new.weight, new.bias = old.weight, old.bias
     return new

@@ -19,7 +19,7 @@ from client.policy import Policy
 from client.private import draws
 from client.train import Archive, Bench, Charge, Session
 from conf.schema import Plan
-from server.privacy import calibrated, charges
+from server.privacy import calibrated, central_statement, charges, statement
 from strategies import build_strategy
 from strategies.base import Correct, Study, fresh_model
 from strategies.privacy import noise
@@ -266,7 +266,19 @@ def test_a_plan_that_dp_cannot_train_is_refused(ram: Path) -> None:
     answer = body(toys, "plan", {"plan": plan.canonical()})
     assert isinstance(answer.body, Failure)
     assert answer.body.code == "plan"
-    assert "keeps statistics of its batches" in (ram / "sites" / "site_0" / "incidents.jsonl").read_text()
+    assert "use privacy.swap_norms=true, or" in (ram / "sites" / "site_0" / "incidents.jsonl").read_text()
+
+
+@pytest.mark.parametrize("mode", ["dpsgd", "central"])
+def test_batch_norms_are_swapped_where_asked_and_the_record_says_where(mode: str, ram: Path) -> None:
+    rules = {"weight": "equal", "rounds": 1}
+    given = {"nominal_patients": 4} if mode == "dpsgd" else {}
+    private = {"mode": mode, "sigma": 1.0, "swap_norms": True, **given}
+    plan = toy_plan(task="tiny_net", federation=rules, privacy=private)
+    model = federation(ram, plan).train()
+    assert not any("running" in name for name in model)
+    said = central_statement(plan, 2) if mode == "central" else statement(plan, {})
+    assert said["swapped_norms"] == ["layers.1"]
 
 
 @pytest.mark.parametrize(("durable", "told"), [(True, False), (False, True)])
