@@ -26,8 +26,13 @@ from strategies.protocol import Instruction, Reply, Tree
 from tasks.base import Batch, Case, Phase, Prediction, Summed, Task
 from tasks.data.cache import Entry
 from tasks.metrics import Statistics
+from tasks.scoring.classes import KINDS
 
-TOYS = {"quadratic": "tests.toys:Quadratic", "tiny_net": "tests.toys:TinyNet"}
+TOYS = {
+    "quadratic": "tests.toys:Quadratic",
+    "tiny_net": "tests.toys:TinyNet",
+    "scored": "tests.toys:Scored",
+}
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,14 @@ class Quadratic(Task):
     def predict(self, model: nn.Module, case: Case) -> Prediction:
         return Prediction(scores={"w": dict(model.named_parameters())["w"].detach()})
 
-    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> MeanLoss:
+    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         losses = [
             0.5 * (c.images["image"][0] * (p.scores["w"] - c.images["image"][1]) ** 2).sum().double()
             for c, p in zip(cases, predictions, strict=True)
         ]
         return MeanLoss(torch.stack(losses).mean(), torch.ones((), dtype=torch.float64))
 
-    def statistics(self) -> MeanLoss:
+    def statistics(self) -> Statistics:
         return MeanLoss(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
 
     def trivial(self) -> Mapping[str, Summed]:
@@ -141,6 +146,20 @@ class TinyNet(Quadratic):
     def predict(self, model: nn.Module, case: Case) -> Prediction:
         with torch.no_grad():
             return Prediction(scores={"w": model.eval().layers(case.images["image"][0][None])[0]})  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Scored(Quadratic):
+    """Scored like two classes: whether a patient's first target is positive, by what is predicted of it."""
+
+    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+        truth = torch.stack([c.images["image"][1][0] > 0 for c in cases])
+        w = torch.stack([p.scores["w"] for p in predictions]).double()
+        p = (w * torch.stack([c.images["image"].sum(0) for c in cases])).sum(1).sigmoid()
+        return KINDS["classes"].of_patient(cases[0].patient, truth, torch.stack([1 - p, p], 1))
+
+    def statistics(self) -> Statistics:
+        return KINDS["classes"].zero(2)
 
 
 def toy_plan(strategy: str = "fedavg", /, *, task: str = "quadratic", **sections: dict[str, Any]) -> Plan:
