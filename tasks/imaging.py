@@ -63,7 +63,7 @@ class ImageTask(Task):
     contrast: Change = 0.0
     brightness: Change = 0.0
     gamma: Change = 0.0
-    subgroups: Mapping[Label, tuple[Label, ...]] = field(default_factory=dict)
+    subgroups: Mapping[Label, tuple[Label, ...]] | None = None
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ from conf.exits import Exit, Stop
 
 Record = Mapping[str, Any]
 #: what a table shows where nobody chose: the first of these that the run has
-METRICS = ("dice_mean", "auroc", "accuracy", "tstr", "loss")
+METRICS = ("dice_mean", "auroc", "accuracy", "mae", "tstr", "loss")
 #: order of rows; what a site trained stands in between, by name
 MODELS = ("federated", "personal", "pooled", "local", "linear", "atlas", "identity", "constant")
 ABSENT = "–"
@@ -168,4 +168,5 @@ def _cell(record: Record | None, metric: str) -> str:
         return ABSENT
     low, high = record.get(f"{metric}_lo"), record.get(f"{metric}_hi")
     interval = "" if low is None or high is None else f" [{low:.3f}–{high:.3f}]"
-    return f"{record[metric]:.3f}{interval}"
+    bound = record.get(f"{metric}_bound")  # of a rank from bins: how far the exact one may be off
+    return f"{record[metric]:.3f}{f' ±{bound:.4f}' if bound else ''}{interval}"

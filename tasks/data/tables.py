@@ -26,6 +26,7 @@ class Cells:
 
     Attributes:
         labels: classes and values to predict; the main one is called `label`. table: clinical columns.
+        groups: those of them that have categories, in words, for scores by subgroup.
         unmapped: class names that were left out. texts: as they stand in the file.
     """
 
@@ -33,10 +34,13 @@ class Cells:
     table: Mapping[str, float] = field(default_factory=dict)
     unmapped: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     def onto(self, raw: Raw) -> Raw:
         """`raw` with these cells."""
-        return replace(raw, labels=self.labels, table=self.table, unmapped=raw.unmapped + self.unmapped)
+        groups = {**raw.groups, **self.groups}
+        unmapped = raw.unmapped + self.unmapped
+        return replace(raw, labels=self.labels, table=self.table, groups=groups, unmapped=unmapped)
 
     def alone(self, label_map: LabelMap) -> Raw:
         """A case that is a row and nothing else."""
@@ -141,7 +145,13 @@ def read_cells(row: Row, classes: Mapping[str, str], columns: Columns, names: Na
         for column, kind in (columns.table or {}).items()
         if row[column] in (() if isinstance(kind, str) else kind) or not _missing(row[column])
     }
-    return Cells(labels, table, tuple(unmapped), tuple(row[c] for c in (*classes, *(columns.table or ()))))
+    groups = {
+        column: kind[int(table[column])]
+        for column, kind in (columns.table or {}).items()
+        if column in table and not isinstance(kind, str)
+    }
+    texts = tuple(row[c] for c in (*classes, *(columns.table or ())))
+    return Cells(labels, table, tuple(unmapped), texts, groups)
 
 
 def _clinical(text: str, column: str, kind: str | Sequence[str]) -> float:

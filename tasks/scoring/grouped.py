@@ -64,6 +64,10 @@ class Grouped(Statistics):
             for i, (name, part) in enumerate(zip(self.groups, self.parts, strict=True))
         }
 
+    def bounds(self) -> dict[str, float]:
+        """None: every group would need noise of its own, which a small one does not outlive."""
+        raise ValueError("task.subgroups are scored without noise only")
+
     def cells(self) -> Tensor:
         """Those of the whole and of each group."""
         return torch.cat([self._of(sums).cells() for sums in (self.whole, *self.parts)])
@@ -94,7 +98,7 @@ class Grouped(Statistics):
         return found
 
 
-def by_group(whole: Statistics, subgroups: Subgroups, groups: Sequence[Mapping[str, str]] = ()) -> Statistics:
+def by_group(whole: Statistics, subgroups: Subgroups | None, groups: Sequence[Mapping[str, str]] = ()) -> Statistics:
     """A patient's statistics (or a zero), in the patient's groups too.
 
     Args:
@@ -102,7 +106,7 @@ def by_group(whole: Statistics, subgroups: Subgroups, groups: Sequence[Mapping[s
         subgroups: nothing: `whole` as it is.
         groups: the columns of each of the patient's cases.
     """
-    if not any(subgroups.values()):
+    if not subgroups or not any(subgroups.values()):
         return whole
     seen = {column: {own.get(column) for own in groups} for column in subgroups}
     inside = [seen[column] == {value} for column, values in subgroups.items() for value in values]

@@ -32,6 +32,7 @@ FOUND = [
     record("personal:a", "a", 0.45),
     record("pooled", "a", None, loss=0.5),
 ]
+BINNED: dict[str, Any] = {"dice_mean_lo": 0.4, "dice_mean_hi": 0.6, "dice_mean_bound": 0.0012}
 
 
 def write(folder: Path, found: list[dict[str, Any]]) -> Path:
@@ -53,6 +54,11 @@ def test_rows_columns_and_cells() -> None:
         ("atlas", "0.200", "–", "–"),
         ("constant", "0.010", "–", "–"),
     )
+
+
+def test_the_bound_of_a_rank_from_bins_stands_beside_it() -> None:
+    assert results([record("federated", "a", 0.5, **BINNED)]).rows[0][1] == "0.500 ±0.0012 [0.400–0.600]"
+    assert results([record("federated", "a", 0.5, dice_mean_bound=0.0)]).rows[0][1] == "0.500"
 
 
 def test_the_last_round_counts_whatever_the_order_of_lines() -> None:

@@ -42,6 +42,8 @@ def test_what_is_missing_is_absent(tmp_path: Path, run: Run, delimiter: str) -> 
         {},
         {},
     ]
+    found = [dict(cases[f"manifest.csv:{i}"].groups) for i in range(2, 6)]
+    assert found == [{"sex": "male"}, {"sex": "female"}, {}, {}]  # categories are subgroups too
     assert [dict(cases[f"manifest.csv:{i}"].labels) for i in range(2, 6)] == [
         {"label": 1.0},
         {},
