@@ -98,7 +98,9 @@ class Grouped(Statistics):
         return found
 
 
-def by_group(whole: Statistics, subgroups: Subgroups | None, groups: Sequence[Mapping[str, str]] = ()) -> Statistics:
+def by_group(
+    whole: Statistics, subgroups: Subgroups | None, groups: Sequence[Mapping[str, str]] = ()
+) -> Statistics:
     """A patient's statistics (or a zero), in the patient's groups too.
 
     Args:
