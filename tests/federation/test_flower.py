@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from client.ledger import Ledger
-from strategies.privacy.accountant import Entry
+from strategies.privacy.accountant import Entry, merged
 from tests.federation.loop import PROJECT, SITES, ToyLoop, locally, toy_loop
 from tests.toys import Toys, toy_cases, toy_plan
 
@@ -113,22 +113,36 @@ def test_only_codes_leave_a_site(loop: ToyLoop) -> None:
         loop.trained(site)
 
 
-def test_a_private_run_charges_what_one_process_charges_and_tells_no_metrics(
-    loop: ToyLoop, ram: Path
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+def test_a_private_run_charges_what_one_process_charges_and_tells_no_exact_metric(
+    sigma: float, loop: ToyLoop, ram: Path
 ) -> None:
+    told = {"metrics": "noised", "metrics_sigma": sigma} if sigma else {}
     plan = toy_plan(
         federation={"rounds": 2, "weight": "equal"},
-        privacy={"mode": "dpsgd", "sigma": 1.0, "nominal_patients": 5},
+        privacy={"mode": "dpsgd", "sigma": 1.0, "nominal_patients": 5, **told},
     )
-    assert loop.finish(loop.submit("private", plan)) == "completed"
+    books = {site: Ledger(loop.folder / "sites" / site / "ledger.jsonl", None) for site in SITES}
+    before = {site: len(book.lines()[0]) for site, book in books.items()}
+    name = f"private-{sigma:g}"
+    assert loop.finish(loop.submit(name, plan)) == "completed"
     Toys(ram, plan, toy_cases()).train()
+    # validation after each round, test at the end
+    expected = sorted([Entry(1.0, 2 / 5, 2 * 4), *([Entry(sigma, 1.0, 3)] if sigma else [])])
     for site in SITES:
-        there, here = (
-            Ledger(f / "sites" / site / "ledger.jsonl", None).entries() for f in (loop.folder, ram)
-        )
-        assert there == here == [Entry(1.0, 2 / 5, 2 * 4)]
+        there = merged(line.entry for line in books[site].lines()[0][before[site] :])
+        here = Ledger(ram / "sites" / site / "ledger.jsonl", None).entries()
+        assert list(there) == sorted(here) == expected
         loop.trained(site)
-    run = loop.folder / "runs" / "private"
-    assert (run / "metrics.jsonl").read_text() == ""
+    run = loop.folder / "runs" / name
     said = json.loads((run / "privacy.json").read_text())
-    assert said["charged"] == {site: [{"sigma": 1.0, "q": 2 / 5, "steps": 8}] for site in SITES}
+    charged = [{"sigma": e.sigma, "q": e.q, "steps": e.steps} for e in expected]
+    assert said["charged"] == dict.fromkeys(SITES, charged)
+    lines, alone = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (run, ram)
+    )
+    assert bool(lines) == bool(sigma)
+    # two patients a site; two fields leave, so six deviations of three sites' noise are 6 σ √2 √3
+    band = 6 * sigma * 6**0.5
+    for line in (*lines, *(alone if sigma else ())):
+        assert abs(line["patients"] - (6 if line["site"] == "all" else 2)) <= band + 0.5
