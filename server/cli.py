@@ -96,6 +96,18 @@ def resume(run: RunFolder) -> None:
 
 
 @app.command()
+def predict(
+    run: RunFolder,
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="a NIfTI file, picture, or folder")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="a new folder")],
+) -> None:
+    """Apply a run's model to images: masks as NIfTI or PNG, scores as CSV."""
+    from server.predict import predict as apply
+
+    typer.echo(f"{apply(run, source, out)} predicted, in {out}")
+
+
+@app.command()
 def report(
     run: RunFolder,
     metric: Annotated[str | None, typer.Option(help="what to show, such as dice_1 or loss")] = None,

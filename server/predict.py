@@ -1,0 +1,112 @@
+"""A trained model at work: masks and scores for images that no run has seen."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+
+from conf.exits import Exit, Stop
+from conf.schema import Columns
+from server.checkpoint import result
+from server.progress import note
+from server.runfolder import RunFolder
+from strategies import build_strategy
+from tasks.base import Case, Prediction, build_task
+from tasks.data import images, nifti
+
+VOLUMES = (".nii", ".nii.gz")
+
+
+def predict(run: Path, source: Path, out: Path) -> int:
+    """Write what a run's model says of an image, or of every image in a folder.
+
+    Masks are written per image: NIfTI for volumes (voxels in RAS+ order, the affine with them), PNG for
+    pictures, holding class numbers. Scores go to `scores.csv`, a line a number.
+
+    Args:
+        source: NIfTI or picture, as the run was trained on.
+        out: a new folder.
+
+    Returns:
+        How many images were predicted.
+
+    Raises:
+        Stop: (`NO_RUN`, `RUN_EXISTS`, `NO_CASES`, `CONFIG`) with what is missing.
+    """
+    folder = RunFolder.open(run)
+    plan, columns = folder.settings.plan, folder.settings.data.columns
+    strategy = build_strategy(plan)
+    if not strategy.whole and not strategy.personalises:
+        raise Stop(Exit.CONFIG, f"{run}: strategy {plan.strategy.name} left a part of the model at each site")
+    weights, task = result(run), build_task(plan)
+    if out.exists():
+        raise Stop(Exit.RUN_EXISTS, f"{out} exists; give a new folder: --out DIR")
+    found = dict(_found(source))
+    if not found:
+        raise Stop(Exit.NO_CASES, f"{source} holds no image ({', '.join((*VOLUMES, *images.SUFFIXES))})")
+    model = task.build_model()
+    # integer buffers never travel, so the result has none
+    model.load_state_dict(weights, strict=False)
+    model.eval()
+    out.mkdir(parents=True)
+    rows, done = [], 0
+    for path, name in found.items():
+        try:
+            case = read(path, name, columns)
+            with torch.no_grad():
+                said = task.predict(model, case)
+        except (ValueError, RuntimeError) as error:  # a file or a grid that does not fit: the others may
+            note(f"left out: {path}: {str(error).splitlines()[0]}")
+            continue
+        _draw(said, case, out / name)
+        rows += [(name, n, i, float(v)) for n, t in said.scores.items() for i, v in enumerate(t.flatten())]
+        done += 1
+    if rows:
+        with (out / "scores.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "score", "index", "value"), *rows])
+    if not done:
+        raise Stop(Exit.NO_CASES, f"no image of {source} could be predicted; the reasons stand above")
+    return done
+
+
+def read(path: Path, name: str, columns: Columns) -> Case:
+    """An image as the case that training would have made of it.
+
+    Raises:
+        Faulty: it cannot be read.
+    """
+    if path.name.endswith(VOLUMES):
+        raw = nifti.read_pair(path, None, None)
+    else:
+        raw = images.read_pair(path, None, None, pages=columns.pages, colour=columns.colour)
+    if raw.image is None:
+        raise ValueError("holds no image")
+    image = torch.from_numpy(np.array(raw.image, dtype=np.float32))
+    return Case(name, name, {"image": image}, torch.tensor(raw.affine), raw.spacing, units=raw.units)
+
+
+def _found(source: Path) -> Iterator[tuple[Path, str]]:
+    """Images at or below a path, each with the name that its output gets."""
+    root = source if source.is_dir() else source.parent
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        suffix = next((s for s in (*VOLUMES[::-1], *images.SUFFIXES) if path.name.lower().endswith(s)), "")
+        if suffix and path.is_file() and not path.name.startswith("."):
+            yield path, "-".join(path.relative_to(root).parts)[: -len(suffix)]
+
+
+def _draw(said: Prediction, case: Case, stem: Path) -> None:
+    """Write the masks of a prediction."""
+    for name, mask in said.masks.items():
+        values = mask.cpu().numpy().astype(np.uint8)
+        if values.ndim == 3:
+            made = nib.Nifti1Image(values, case.affine.numpy())  # type: ignore[no-untyped-call]
+            made.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+            nib.save(made, f"{stem}_{name}.nii.gz")
+        else:
+            Image.fromarray(values).save(f"{stem}_{name}.png")

@@ -1,0 +1,87 @@
+"""A run's model on new images: the same numbers as the task itself, in files others can read."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from conf.exits import Exit, Stop
+from conf.load import compose
+from server.checkpoint import RESULT
+from server.predict import predict, read
+from server.runfolder import RunFolder
+from strategies.base import Study
+
+VOLUME = ["model=unet", "model.channels=[4,8]", "task.patch=[8,8,8]"]
+
+
+def trained(path: Path, *overrides: str) -> Study:
+    """A run's directory as its end leaves it, with the first weights for a result."""
+    settings = compose([f"data.root={path}", *overrides])
+    RunFolder.create(path, settings)
+    study = Study.of(settings.plan)
+    (path / RESULT).write_bytes(safetensors.torch.save(study.initial))
+    return study
+
+
+def test_a_volume_gets_a_mask_in_its_own_place(tmp_path: Path) -> None:
+    study = trained(tmp_path / "run", *VOLUME)
+    values = np.random.default_rng(0).normal(size=(9, 10, 8)).astype(np.float32)
+    affine = np.array([[-1.5, 0, 0, 3], [0, 1.0, 0, -4], [0, 0, 2.0, 5], [0, 0, 0, 1]])
+    (tmp_path / "in").mkdir()
+    image = nib.Nifti1Image(values, affine)  # type: ignore[no-untyped-call]
+    nib.save(image, tmp_path / "in" / "a.b.nii.gz")
+    (tmp_path / "in" / "bad.nii").write_bytes(b"x")
+    assert predict(tmp_path / "run", tmp_path / "in", tmp_path / "out") == 1
+    source = tmp_path / "in" / "a.b.nii.gz"
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == "a.b_mask.nii.gz"
+    written = nib.as_closest_canonical(nib.load(path))  # type: ignore[no-untyped-call]
+    image = nib.as_closest_canonical(nib.load(source))  # type: ignore[no-untyped-call]
+    assert np.allclose(written.affine, image.affine)
+    case = read(source, "a.b", compose(["data.root=."]).data.columns)
+    assert np.array_equal(case.images["image"][0].numpy(), np.asarray(image.dataobj))
+    model = study.fresh().eval()
+    with torch.no_grad():
+        mask = study.task.predict(model, case).masks["mask"]
+    assert np.array_equal(np.asarray(written.dataobj), mask.numpy())
+    assert int(mask.min()) < int(mask.max())
+
+
+def test_a_picture_gets_scores(tmp_path: Path) -> None:
+    given = ["task=classification", "model=lenet", "task.size=[32,32]"]
+    study = trained(tmp_path / "run", *given)
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64).astype(np.uint8)).save(
+        tmp_path / "x.png"
+    )
+    assert predict(tmp_path / "run", tmp_path / "x.png", tmp_path / "out") == 1
+    rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").read_text().splitlines()))
+    case = read(tmp_path / "x.png", "x", compose(["data.root=."]).data.columns)
+    expected = study.task.predict(study.fresh().eval(), case).scores["given"]
+    assert [float(row["value"]) for row in rows] == pytest.approx(expected.tolist())
+    assert {row["image"] for row in rows} == {"x"}
+
+
+def test_what_cannot_be_predicted_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "run", *VOLUME)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.nii").write_bytes(b"x")
+    for source, exit in ((tmp_path / "empty", Exit.NO_CASES), (tmp_path / "bad.nii", Exit.NO_CASES)):
+        with pytest.raises(Stop, match=r"no image") as stop:
+            predict(tmp_path / "run", source, tmp_path / "out")
+        assert stop.value.exit is exit
+    with pytest.raises(Stop, match="exists; give a new folder"):
+        predict(tmp_path / "run", tmp_path / "bad.nii", tmp_path / "empty")
+    with pytest.raises(Stop) as stop:
+        predict(tmp_path / "empty", tmp_path / "bad.nii", tmp_path / "new")
+    assert stop.value.exit is Exit.NO_RUN
+    trained(tmp_path / "bn", *VOLUME, "strategy=fedbn")
+    with pytest.raises(Stop, match="left a part of the model at each site"):
+        predict(tmp_path / "bn", tmp_path / "bad.nii", tmp_path / "new")
