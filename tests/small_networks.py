@@ -31,14 +31,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "fcn": {"channels": [4, 4, 8]},
     "hed": LEVELS,
     "deep_medic": {"channels": [4, 4], "hidden": 4},
+    "unetr": {"width": 4, "hidden": 12, "heads": 2, "norm": "group"},
 }
 #: other than 16 along each axis
-SIDES = {"recurrent_unet": (16, 16, 4)}
+SIDES = {"recurrent_unet": (16, 16, 4), "unetr": (32, 32, 16)}
 
 
 def sides(name: str, dimensions: int) -> tuple[int, ...]:
     """What the small network takes."""
-    return SIDES.get(name, (16,) * dimensions)
+    return SIDES.get(name, (16,) * dimensions)[:dimensions]
 
 
 def takes(name: str, setting: str) -> bool:

@@ -19,17 +19,49 @@ Step = tuple[int, ...]
 Count = Annotated[int, Field(ge=1, le=8)]
 
 
-class Ladder(nn.Module):
-    """Stages down and up, joined level by level (Ronneberger et al., 2015, arXiv:1505.04597).
-
-    Strided convolutions lead down, transposed ones of the same stride up; what comes up stands beside what
-    the encoder made at that level, which a gate may have weighed by it.
+class Climb(nn.Module):
+    """The way up: transposed convolutions, what comes up beside what the encoder made at that level.
 
     Args:
         steps: stride between neighbouring levels, per axis.
-        down, up: what computes at a level; the deepest belongs to `down`.
+        stage: what computes at a level, all but the deepest.
         gate: from a level's width to what takes (encoder's, risen) maps and returns the encoder's; none: all
             of them pass.
+    """
+
+    def __init__(
+        self,
+        dimensions: int,
+        outputs: int,
+        widths: tuple[int, ...],
+        steps: list[Step],
+        stage: Stage,
+        gate: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        rise = Conv[Conv.CONVTRANS, dimensions]
+        pairs = zip(widths[:-1], widths[1:], steps, strict=True)
+        self.rise = nn.ModuleList(rise(below, above, step, step) for above, below, step in pairs)
+        self.stages = nn.ModuleList(stage(level, 2 * width, width) for level, width in enumerate(widths[:-1]))
+        self.gate = nn.ModuleList(gate(width) for width in widths[:-1]) if gate else None
+        self.head = Conv[Conv.CONV, dimensions](widths[0], outputs, 1)
+
+    def forward(self, kept: list[Tensor], x: Tensor) -> Tensor:
+        """Logits, from what each level kept and the deepest maps."""
+        for level in reversed(range(len(self.stages))):
+            x = self.rise[level](x)
+            skip = kept[level] if self.gate is None else self.gate[level](kept[level], x)
+            x = self.stages[level](torch.cat((skip, x), 1))
+        made: Tensor = self.head(x)
+        return made
+
+
+class Ladder(nn.Module):
+    """Stages down by strided convolutions and up again (Ronneberger et al., 2015, arXiv:1505.04597).
+
+    Args:
+        steps, gate: see `Climb`.
+        down, up: what computes at a level; the deepest belongs to `down`.
     """
 
     def __init__(
@@ -44,19 +76,16 @@ class Ladder(nn.Module):
         gate: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        conv, risen = Conv[Conv.CONV, dimensions], Conv[Conv.CONVTRANS, dimensions]
-        pairs = list(zip(widths[:-1], widths[1:], steps, strict=True))
+        conv, pairs = Conv[Conv.CONV, dimensions], zip(widths[:-1], widths[1:], steps, strict=True)
         self.down = nn.ModuleList(
             down(level, inputs if level == 0 else width, width) for level, width in enumerate(widths)
         )
         self.step = nn.ModuleList(conv(above, below, step, step) for above, below, step in pairs)
-        self.rise = nn.ModuleList(risen(below, above, step, step) for above, below, step in pairs)
-        self.up = nn.ModuleList(up(level, 2 * width, width) for level, width in enumerate(widths[:-1]))
-        self.gate = nn.ModuleList(gate(width) for width in widths[:-1]) if gate else None
-        self.head = conv(widths[0], outputs, 1)
+        self.climb = Climb(dimensions, outputs, widths, steps, up, gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.climb(*self.descend(x))
+        made: Tensor = self.climb(*self.descend(x))
+        return made
 
     def descend(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """What each level keeps for the way up, and the deepest maps."""
@@ -67,15 +96,6 @@ class Ladder(nn.Module):
                 kept.append(x)
                 x = self.step[level](x)
         return kept, x
-
-    def climb(self, kept: list[Tensor], x: Tensor) -> Tensor:
-        """Logits."""
-        for level in reversed(range(len(self.up))):
-            x = self.rise[level](x)
-            skip = kept[level] if self.gate is None else self.gate[level](kept[level], x)
-            x = self.up[level](torch.cat((skip, x), 1))
-        made: Tensor = self.head(x)
-        return made
 
 
 class Gate(nn.Module):

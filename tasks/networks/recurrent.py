@@ -44,7 +44,7 @@ class Slices(nn.Module):
         kept, low = self.ladder.descend(x.movedim(-1, 1).flatten(0, 1))
         line = low.view(*count, *low.shape[1:])
         line = line + self.ahead(line) + self.back(line.flip(1)).flip(1)
-        made = self.ladder.climb(kept, line.flatten(0, 1))
+        made: Tensor = self.ladder.climb(kept, line.flatten(0, 1))
         return made.view(*count, *made.shape[1:]).movedim(1, -1)
 
 
