@@ -81,9 +81,10 @@ class Ranking:
         ties = float(self.positives @ self.negatives) / (2 * n * p)
         auroc = min(1.0, float(self.positives @ below) / (n * p) + ties)
         bound = 0.0 if self.exact else ties
-        low, high = auroc_interval(auroc, n, p)
-        ends = max(0.0, low - bound), min(1.0, high + bound)
-        return {"auroc": auroc, "auroc_lo": ends[0], "auroc_hi": ends[1], "auroc_bound": bound}
+        # the ends rise with the value: these hold the interval of the exact one
+        low, _ = auroc_interval(max(0.0, auroc - bound), n, p)
+        _, high = auroc_interval(min(1.0, auroc + bound), n, p)
+        return {"auroc": auroc, "auroc_lo": low, "auroc_hi": high, "auroc_bound": bound}
 
     def _precision(self, p: float) -> dict[str, float]:
         """Average precision as a sum over steps, and its interval (Boyd et al. 2013, logit)."""

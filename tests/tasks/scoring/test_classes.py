@@ -226,7 +226,7 @@ def test_what_is_no_probability_or_class_is_refused() -> None:
     assert diverged.value()["accuracy"] == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1.0, 8.0, 30.0]))
 def test_bins_keep_within_their_bound_for_extreme_scores(seed: int, spread: float) -> None:
     g = torch.Generator().manual_seed(seed)
