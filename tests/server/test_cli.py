@@ -68,7 +68,7 @@ def test_help_is_fast_and_loads_nothing_heavy(empty: Path) -> None:
         (["simulate", "data.root=x", "strategy.name=fedsgd"], Exit.UNKNOWN_NAME, "fedsgd"),
         (["simulate", "data.root=x", "task.name=detection"], Exit.UNKNOWN_NAME, "detection"),
         (["simulate", "data.root=x", "model.name=resnot"], Exit.UNKNOWN_NAME, "resnot"),
-        (["simulate", "data.root=x", "loss.name=hinge"], Exit.UNKNOWN_NAME, "hinge"),
+        (["simulate", "data.root=x", "loss.name=hinges"], Exit.UNKNOWN_NAME, "hinges"),
         (["simulate", "data.root=x", "strategy=fedprox", "strategy.mu=-1"], Exit.CONFIG, "strategy.mu"),
         (["simulate", "data.root=x", "model.channels=[0,1]"], Exit.CONFIG, "model.channels"),
         (["report", "nowhere"], Exit.NO_RUN, "nowhere"),
