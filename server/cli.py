@@ -108,6 +108,18 @@ def predict(
 
 
 @app.command()
+def evaluate(
+    run: RunFolder,
+    images: Annotated[int, typer.Option(min=50, max=100_000, help="how many are made")] = 1000,
+) -> None:
+    """Judge a generator by what its images are for: classifiers trained on them, diversity, copies."""
+    from server.synthesis import evaluate as judge
+    from server.synthesis import show as show_judged
+
+    show_judged(judge(run, images))
+
+
+@app.command()
 def report(
     run: RunFolder,
     metric: Annotated[str | None, typer.Option(help="what to show, such as dice_1 or loss")] = None,

@@ -127,7 +127,7 @@ class SynthesisStatistics(Statistics):
         real_cov = _covariance(self.real_square[there], real, n)
         made_cov = _covariance(self.made_square[there], made, n)
         scale = real_cov.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-        far = [_frechet(*parts) for parts in zip(real, made, real_cov, made_cov, strict=True)]
+        far = [frechet(*parts) for parts in zip(real, made, real_cov, made_cov, strict=True)]
         found = {
             "frechet": float((torch.stack(far) / (scale * real.shape[1])).mean()),
             "alike": float((self.alike[there] / self.images[there]).mean()),
@@ -143,7 +143,7 @@ def _covariance(square: Tensor, mean: Tensor, n: Tensor) -> Tensor:
     return square / n[..., None] - mean[:, :, None] * mean[:, None, :]
 
 
-def _frechet(a: Tensor, b: Tensor, cov_a: Tensor, cov_b: Tensor) -> Tensor:
+def frechet(a: Tensor, b: Tensor, cov_a: Tensor, cov_b: Tensor) -> Tensor:
     """Squared Fréchet distance of two normal distributions (Dowson and Landau, 1982)."""
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
