@@ -104,7 +104,7 @@ def makers(task: Gan, model: torch.nn.Module, training: Pictures, sums: Sums) ->
 
     return {
         "federated": lambda label, draw: torch.cat(
-            [task.sample(model, part, draw) for part in label.split(100)]
+            [task.sample(model, part, draw) for part in torch.split(label, 100)]
         ),
         "class_mean": lambda label, draw: ClassMean(task).sample(sums, label, draw),
         "resampled": again,
@@ -116,7 +116,7 @@ def picture(made: Pictures, real: Pictures) -> bytes:
     rows = []
     for kind in real.kinds:
         own = made.of(kind)[: _ROWS * _WIDE]
-        rows += [*own.split(_WIDE), real.of(kind)[:_WIDE]]
+        rows += [*torch.split(own, _WIDE), real.of(kind)[:_WIDE]]
     sheet = np.concatenate(
         [np.concatenate([_flat(image) for image in row], 1) for row in rows if len(row) == _WIDE]
     )

@@ -7,6 +7,8 @@ TASKS = Table(
     {
         "classification": "tasks.classification:Classification",
         "gan": "tasks.gan:Gan",
+        "pix2pix": "tasks.translation:Translation",
+        "cyclegan": "tasks.translation:Unpaired",
         "segmentation": "tasks.segmentation:Segmentation",
     },
 )

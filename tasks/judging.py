@@ -91,7 +91,7 @@ def classifier(
 def auroc(judge: Trunk, test: Pictures) -> float:
     """Mean over the classes of each against the others."""
     with torch.no_grad():
-        shares = torch.cat([judge(part) for part in test.images.split(256)]).softmax(1)
+        shares = torch.cat([judge(part) for part in torch.split(test.images, 256)]).softmax(1)
     areas = [Ranking.of_scores(shares[:, k], test.labels == k).value()["auroc"] for k in test.kinds]
     return sum(areas) / len(areas)
 
@@ -99,7 +99,7 @@ def auroc(judge: Trunk, test: Pictures) -> float:
 def features(judge: Trunk, images: Tensor) -> Tensor:
     """What the classifier makes of images before its head: `N F` float64."""
     with torch.no_grad():
-        return torch.cat([judge.pool(judge.maps(part)) for part in images.split(256)]).double()
+        return torch.cat([judge.pool(judge.maps(part)) for part in torch.split(images, 256)]).double()
 
 
 def likeness(seen: Pictures, draw: torch.Generator) -> float:

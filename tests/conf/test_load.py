@@ -36,6 +36,8 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 NEEDED = {
     "privacy/dpsgd": ["privacy.nominal_patients=100", "privacy.sigma=1"],
     "task/gan": ["model=dcgan", "loss=hinge"],
+    "task/pix2pix": ["loss=hinge"],
+    "task/cyclegan": ["loss=hinge"],
     **{
         f"loss/{name}": ["task=gan", "model=dcgan"]
         for name, entry in LOSS_TABLE.items()
