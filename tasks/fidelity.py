@@ -25,7 +25,7 @@ class FidelityStatistics(Statistics):
     """Sums over patients, float64.
 
     Attributes:
-        count: scalar, patients. total, squares: 3, of each patient's signal-to-noise ratio in dB, mean absolute
+        count: scalar, patients. total, squares: 3, of each patient's signal-to-noise ratio in dB, absolute
             error in raw units and similarity.
     """
 

@@ -139,8 +139,10 @@ class Translation(ImageTask):
         """
         if self.soften:
             wanted = self.picture(case)
-            sigma = [self.soften / mm for mm in case.spacing]
-            return GaussianFilter(len(self.patch), sigma)(wanted[None])[0], wanted
+            # a kernel acts within slices: those of a volume are a batch
+            slices = wanted[None] if wanted.ndim == 3 else wanted.movedim(-1, 0)
+            soft = GaussianFilter(2, [self.soften / mm for mm in case.spacing[:2]])(slices)
+            return soft[0] if wanted.ndim == 3 else soft.movedim(0, -1).contiguous(), wanted
         given = self.picture(case)
         if self.target not in case.images:
             raise ValueError(f"case {case.key} has no image {self.target!r}; it has {sorted(case.images)}")
