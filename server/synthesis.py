@@ -19,7 +19,7 @@ from server.runfolder import RunFolder
 from server.simulate import Federation
 from tasks.base import Sums, build_task
 from tasks.gan import Gan
-from tasks.judging import Pictures, judged
+from tasks.judging import STEPS, Pictures, judged
 from tasks.seeds import generator
 from tasks.synthesis import ClassMean
 
@@ -29,11 +29,11 @@ COLUMNS = ("tstr", "trtr", "alike", "alike_real", "fid", "mmd", "copied", "remem
 _WIDE, _ROWS = 12, 3
 
 
-def evaluate(run: Path, images: int = 1000) -> Judged:
+def evaluate(run: Path, images: int = 1000, steps: int = STEPS) -> Judged:
     """Judge the newest checkpoint's generator; writes `synthetic.json` and `samples.png` into the run.
 
     Args:
-        images: how many are made, in equal parts of each class.
+        images: how many are made, in equal parts of each class. steps: of each classifier.
 
     Raises:
         Stop: it is no run of a generator, or its data cannot be read.
@@ -60,7 +60,7 @@ def evaluate(run: Path, images: int = 1000) -> Judged:
         for name, maker in made.items():
             draw = generator(plan.seed, "", progress.round, "evaluate", name)
             pictures = Pictures(maker(label, draw), label)
-            found[name] = judged(pictures, training, held_out, plan.seed)
+            found[name] = judged(pictures, training, held_out, plan.seed, steps=steps)
             if name == "federated":
                 write_atomic(run / "samples.png", picture(pictures, training))
     write_atomic(run / "synthetic.json", json.dumps(found, indent=1, sort_keys=True).encode())

@@ -40,6 +40,18 @@ def the_game(section: Section) -> Game:
     return made
 
 
+def sameness(made: Tensor, noise: Tensor) -> Tensor:
+    """How little two images of one class differ for how much their noise does.
+
+    After Mao et al. (2019, arXiv:1903.05628, equation 3). The second half of a batch has the classes of the
+    first. No patient is in it, so images may be held against each other.
+    """
+    half = len(made) // 2
+    apart = (made[:half] - made[-half:]).abs().flatten(1).mean(1)
+    asked = (noise[:half] - noise[-half:]).abs().mean(1)
+    return (asked / (apart + 1e-3)).mean()
+
+
 class Players(nn.Module):
     """The networks of a game, under the names that frozen and kept layers are asked for by."""
 
@@ -64,6 +76,7 @@ class Gan(ImageTask):
         draws: images in a step of the generator, which reads no patient.
         every: steps of the discriminator for one of the generator.
         shift: largest, as a share of a side.
+        diversity: weight of `sameness` in the generator's loss.
     """
 
     size: Sides
@@ -74,6 +87,7 @@ class Gan(ImageTask):
     draws: Count = 16
     every: Count = 1
     shift: Share = 0.0
+    diversity: Annotated[float, Field(ge=0, le=1000)] = 0.0
     normalise: Literal["zscore", "window", "fixed"] = "window"
     window: tuple[float, float] = (0.0, 255.0)
 
@@ -138,10 +152,15 @@ class Gan(ImageTask):
         def generate(model: nn.Module, _: Batch | None) -> Tensor:
             device = device_of(model)
             noise = torch.randn(self.draws, self.latent).to(device)
-            label = torch.randint(max(self.kinds, 1), (self.draws,)).to(device)
+            label = (
+                torch.randint(max(self.kinds, 1), (-(-self.draws // 2),)).repeat(2)[: self.draws].to(device)
+            )
             change = torch.rand(self.draws, DRAWS).to(device)
-            fake = disguise(model.get_submodule("generator")(noise, label), change)
-            return game.fooled(self._critic(model, label, fixed=True), fake)
+            fake = model.get_submodule("generator")(noise, label)
+            lost = game.fooled(self._critic(model, label, fixed=True), disguise(fake, change))
+            if self.diversity and self.draws > 1:
+                lost = lost + self.diversity * sameness(fake, noise)
+            return lost
 
         return (
             Phase("discriminator", discriminate, lambda name: name.startswith("discriminator.")),

@@ -21,7 +21,9 @@ from tasks.synthesis import frechet, ssim
 
 #: what a classifier sees changed in training
 CHANGES = Disguise(shift=0.05, zoom=0.1, brightness=0.1, contrast=0.1)
-_STEPS, _BATCH, _RATE = 400, 32, 2e-3
+#: of a classifier's training
+STEPS = 400
+_BATCH, _RATE = 32, 2e-3
 _PAIRS = 200
 #: share of held-out images that count as too near to the training images; of made ones, twice as many may
 _NEAR = 0.05
@@ -55,7 +57,7 @@ def classifier(
     *,
     begin: Trunk | None = None,
     flips: tuple[int, ...] = (),
-    steps: int = _STEPS,
+    steps: int = STEPS,
 ) -> Trunk:
     """A small network trained on `seen`; the same on any day for the same seed.
 
@@ -150,7 +152,7 @@ def remembers(share: float) -> bool:
 
 
 def judged(
-    made: Pictures, training: Pictures, held_out: Pictures, seed: int, *, steps: int = _STEPS
+    made: Pictures, training: Pictures, held_out: Pictures, seed: int, *, steps: int = STEPS
 ) -> dict[str, float]:
     """All figures of a set of made images.
 

@@ -14,7 +14,7 @@ from strategies.privacy.preflight import fault, strays
 from tasks import TASKS
 from tasks.adversarial import DRAWS, Disguise, Game, slopes
 from tasks.base import Case
-from tasks.gan import Gan
+from tasks.gan import Gan, sameness
 from tasks.losses import LOSS_TABLE, LOSSES
 from tasks.models import NETWORKS
 from tasks.seeds import generator
@@ -112,6 +112,23 @@ def test_the_generator_reads_nobody_and_follows_torchs_seed() -> None:
         torch.manual_seed(5)
         found.append(phase.loss(players(task), None))
     assert torch.equal(*found)
+
+
+def test_sameness_is_high_for_a_collapsed_generator() -> None:
+    noise = torch.randn(6, 4)
+    made = noise.mean(1).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    assert sameness(torch.zeros(6, 1, 8, 8), noise) > 100 * sameness(made, noise)
+    wanted = [
+        float((noise[i] - noise[i + 3]).abs().mean() / (made[i] - made[i + 3]).abs().mean().add(1e-3))
+        for i in range(3)
+    ]
+    assert float(sameness(made, noise)) == pytest.approx(sum(wanted) / 3, rel=1e-5)
+    plain, diverse = (gan(diversity=w, draws=5).phases[1] for w in (0.0, 1.0))
+    losses = []
+    for phase in (plain, diverse):
+        torch.manual_seed(1)
+        losses.append(phase.loss(players(gan()), None).sum())
+    assert losses[1] > losses[0]
 
 
 def test_a_slope_is_autograds() -> None:
