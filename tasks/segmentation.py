@@ -24,7 +24,7 @@ from tasks.scoring.grouped import by_group
 from tasks.scoring.overlap import SegmentationStatistics
 from tasks.scoring.surface import Depth
 from tasks.supervision import deep, marginal
-from tasks.trivial import Atlas, Constant
+from tasks.trivial import Atlas, Constant, Otsu, Threshold
 
 #: voxels per class kept as possible centres of patches
 CENTRES = 1024
@@ -218,12 +218,16 @@ class Segmentation(ImageTask):
         return Survey(self.image, self.mask, len(self.classes))
 
     def trivial(self) -> Mapping[str, Summed]:
-        """The most frequent class everywhere, and the mean mask."""
+        """The most frequent class everywhere, the mean mask; of two classes, what a threshold tells apart."""
         n = len(self.classes)
-        return {
+        made: dict[str, Summed] = {
             "constant": Constant(self.mask, n),
             "atlas": Atlas(self.mask, n, len(self.patch), ATLAS_SIDE[len(self.patch)]),
         }
+        if n == 2:
+            made["threshold"] = Threshold(self.mask, lambda case: self.normalised(self.picture(case)).mean(0))
+            made["otsu"] = Otsu(self.mask, lambda case: self.picture(case).mean(0))
+        return made
 
 
 def _only(mask: Tensor, looked: Tensor) -> Tensor:

@@ -5,12 +5,18 @@ Each is additive: float64 sums over cases, which add over sites, then a rule.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from skimage.filters import threshold_otsu
+from torch import Tensor
 
 from tasks.base import Case, Prediction, Summed, Sums
 from tasks.data.resample import hardest, resample
+
+#: cells of `Threshold`, evenly over normalised intensities from -SPAN to SPAN
+CELLS, SPAN = 512, 4.0
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,80 @@ class Atlas(Summed):
         shape = next(iter(case.images.values())).shape[1:]
         mean = (known["mask"] / known["cases"].clamp_min(1)).float()
         return Prediction(masks={self.mask: hardest(mean, shape)})
+
+
+@dataclass(frozen=True)
+class Threshold(Summed):
+    """All that is darker, or all that is brighter, than one threshold for every case: the best in training.
+
+    Best by the Dice of each training case at each of `CELLS` thresholds, which adds up.
+
+    Attributes:
+        mask: which mask; class 1 is sought. grey: a case's normalised intensities, `HW[D]`.
+    """
+
+    mask: str
+    grey: Callable[[Case], Tensor]
+
+    def zero(self) -> Sums:
+        """Dice of what is darker, and of what is brighter, summed over cases: `{"dice": 2 x CELLS}`."""
+        return {"dice": torch.zeros(2, CELLS, dtype=torch.float64)}
+
+    def accumulate(self, case: Case, known: Sums) -> Sums:
+        """Dice at every threshold, from the case's histograms inside and outside of the mask."""
+        if self.mask not in case.masks:
+            return self.zero()
+        inside = case.masks[self.mask] == 1
+        cells = self._cells(case)
+        sought, others = (
+            torch.bincount(cells[part], minlength=CELLS).cumsum(0) for part in (inside, ~inside)
+        )
+        size = sought[-1].clamp_min(1)  # without the class every Dice is zero
+        darker = 2 * sought / (sought + others + size)
+        hit, wrong = sought[-1] - sought, others[-1] - others
+        return {"dice": torch.stack([darker, 2 * hit / (hit + wrong + size)]).double()}
+
+    def predict(self, known: Sums, case: Case) -> Prediction:
+        """What lies on that side of that threshold."""
+        brighter, cell = divmod(int(known["dice"].argmax()), CELLS)
+        above = self._cells(case) > cell
+        return Prediction(masks={self.mask: (above if brighter else ~above).to(torch.uint8)})
+
+    def _cells(self, case: Case) -> Tensor:
+        return ((self.grey(case) + SPAN) * (CELLS / (2 * SPAN))).long().clamp(0, CELLS - 1)
+
+
+@dataclass(frozen=True)
+class Otsu(Summed):
+    """Each image's own threshold (Otsu 1979, IEEE Trans. SMC 9, 62-66), and which side of it is meant.
+
+    Attributes:
+        mask: which mask; class 1 is sought. grey: a case's raw intensities, `HW[D]`.
+    """
+
+    mask: str
+    grey: Callable[[Case], Tensor]
+
+    def zero(self) -> Sums:
+        """Dice of the darker, the brighter and the smaller side, summed over cases: `{"dice": 3}`."""
+        return {"dice": torch.zeros(3, dtype=torch.float64)}
+
+    def accumulate(self, case: Case, known: Sums) -> Sums:
+        """Dice of the three."""
+        if self.mask not in case.masks:
+            return self.zero()
+        sought = case.masks[self.mask] == 1
+        shared = [
+            2 * (side & sought).sum() / (side.sum() + sought.sum()).clamp_min(1) for side in self._sides(case)
+        ]
+        return {"dice": torch.stack(shared).double()}
+
+    def predict(self, known: Sums, case: Case) -> Prediction:
+        """The side that was best in training."""
+        side = self._sides(case)[int(known["dice"].argmax())]
+        return Prediction(masks={self.mask: side.to(torch.uint8)})
+
+    def _sides(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+        grey = self.grey(case)
+        above = grey > float(threshold_otsu(grey.numpy()))  # type: ignore[no-untyped-call]
+        return ~above, above, above if 2 * int(above.sum()) < above.numel() else ~above

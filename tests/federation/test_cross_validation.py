@@ -30,9 +30,9 @@ def test_a_sweep_over_folds_is_compared(tmp_path: Path, capsys: pytest.CaptureFi
     assert code(app, ["compare", *runs, "--json"]) == Exit.OK
     made = json.loads(capsys.readouterr().out)
     models = {row["model"]: row for row in made["models"]}
-    assert models.keys() == {"federated", "constant", "atlas"}
+    assert models.keys() == {"federated", "constant", "atlas", "threshold", "otsu"}
     assert all(row["patients"] == 12 for row in models.values())  # each patient once
-    assert [gap["minus"] for gap in made["differences"]] == ["atlas", "constant"]
+    assert [gap["minus"] for gap in made["differences"]] == ["atlas", "constant", "otsu", "threshold"]
     assert {gap["method"] for gap in made["differences"]} == {"bootstrap"}
     assert all(gap["lo"] is not None for gap in made["differences"])
     assert not any("missing" in note for note in made["notes"])

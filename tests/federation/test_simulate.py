@@ -82,7 +82,7 @@ def test_what_stands_in_a_run(whole: Path) -> None:
     }
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     last = {(line["model"], line["site"]) for line in lines if line["round"] == 3 and line["split"] == "test"}
-    models = {"federated", "pooled", "local:h0", "local:h1", "constant", "atlas"}
+    models = {"federated", "pooled", "local:h0", "local:h1", "constant", "atlas", "threshold", "otsu"}
     assert last == {(model, site) for model in models for site in ("h0", "h1", "all")}
     identity = json.loads((whole / "run.json").read_text())["id"]
     assert not any(identity.encode() in blob for blob in shared(whole).values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conf.exits import Exit, Stop
 from conf.schema import Plan, Section
-from tasks.base import Case, Summed, Task, build_task
+from tasks.base import Case, Prediction, Summed, Task, build_task
 from tasks.metrics import Statistics
 from tasks.segmentation import Segmentation
 
@@ -211,9 +211,70 @@ def test_constant_is_the_most_frequent_foreground_class() -> None:
     assert (predicted == 2).all()
 
 
-@pytest.mark.parametrize("name", ["constant", "atlas"])
+ONE = {"classes": ["background", "sought"], "patch": [8, 8]}
+
+
+def two_classes(sides: tuple[int, ...] = (12, 10), level: float = 2.0, seed: int = 0) -> Case:
+    """A box of class 1 at `level` in noise around 0."""
+    mask = torch.zeros(sides, dtype=torch.uint8)
+    mask[2 : sides[0] // 2, 3:6] = 1
+    noise = torch.randn(1, *sides, generator=torch.Generator().manual_seed(seed))
+    image = noise * 0.5 + level * mask
+    return Case(f"c{seed}", f"p{seed}", {"image": image}, torch.eye(4).double(), (1.0, 1.0), {"mask": mask})
+
+
+@pytest.mark.parametrize("level", [-1.5, 1.5])
+def test_threshold_is_the_best_of_all(level: float) -> None:
+    """Held to a search over every threshold, both ways, scored by the task itself."""
+    task = built({**ONE, "normalise": "window", "window": [-1.0, 1.0]})
+    cases = [two_classes(level=level, seed=seed) for seed in range(4)]
+
+    def mean(predictions: list[Prediction]) -> float:
+        scores = task.statistics()
+        for one, given in zip(cases, predictions, strict=True):
+            scores = scores + task.score([one], [given])
+        return scores.value()["dice_mean"]
+
+    threshold = task.trivial()["threshold"]
+    found = mean([threshold.predict(sums(threshold, cases), one) for one in cases])
+    greys = [task.normalised(one.images["image"])[0] for one in cases]
+    tried = [
+        mean([Prediction(masks={"mask": ((grey >= at) ^ dark).to(torch.uint8)}) for grey in greys])
+        for at in np.linspace(-1, 1, 129)  # the cells' borders
+        for dark in (False, True)
+    ]
+    assert found == pytest.approx(max(tried), abs=1e-9)
+    assert found > 0.8
+
+
+@pytest.mark.parametrize("levels", [(9.0, 9.0), (-9.0, -9.0), (9.0, -9.0)])
+def test_otsu_learns_which_side_is_meant(levels: tuple[float, ...]) -> None:
+    task = built(ONE)
+    cases = [two_classes(level=level, seed=seed) for seed, level in enumerate(levels)]
+    otsu = task.trivial()["otsu"]
+    for one in cases:
+        given = otsu.predict(sums(otsu, cases), one)
+        assert task.score([one], [given]).value()["dice_mean"] > 0.9
+
+
+def test_thresholds_stand_where_there_is_one_foreground_class() -> None:
+    assert set(built().trivial()) == {"constant", "atlas"}
+    assert set(built(ONE).trivial()) == {"constant", "atlas", "threshold", "otsu"}
+
+
+def test_a_case_of_one_intensity_and_without_the_class_is_no_obstacle() -> None:
+    task, empty = built(ONE), two_classes(level=0.0)
+    empty.masks["mask"].zero_()
+    empty.images["image"].zero_()
+    for predictor in task.trivial().values():
+        found = sums(predictor, [empty])
+        assert all(value.isfinite().all() for value in found.values())
+        assert predictor.predict(found, empty).masks["mask"].shape == (12, 10)
+
+
+@pytest.mark.parametrize("name", ["constant", "atlas", "threshold", "otsu"])
 def test_trivial_sums_skip_unannotated_cases(name: str) -> None:
-    trivial, whole = built().trivial()[name], case()
+    trivial, whole = built(ONE).trivial()[name], two_classes()
     bare = Case("b", "p", whole.images, whole.affine, whole.spacing)
     with_bare, without = sums(trivial, [whole, bare]), sums(trivial, [whole])
     assert all(torch.equal(with_bare[key], without[key]) for key in without)
