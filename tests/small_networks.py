@@ -1,4 +1,4 @@
-"""The networks of shape `map`, as small as they can be tried."""
+"""The networks of the table, as small as they can be tried."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tasks.models import MODELS, NETWORKS
 
 MAPS = [name for name, entry in NETWORKS.items() if entry.shape == "map"]
 ENTRIES = [(name, d) for name in MAPS for d in NETWORKS[name].dimensions]
+PLAYERS = [name for name, entry in NETWORKS.items() if entry.shape in ("generator", "discriminator")]
 LEVELS = {"channels": [4, 4, 8]}
 #: their five levels leave one voxel of 16, which only a norm over channels can take
 SIX = {"channels": [4, 4, 4, 4, 4, 4], "norm": "group"}
@@ -32,6 +33,19 @@ SMALL: dict[str, dict[str, Any]] = {
     "hed": LEVELS,
     "deep_medic": {"channels": [4, 4], "hidden": 4},
     "unetr": {"width": 4, "hidden": 12, "heads": 2, "norm": "group"},
+    "resnet": {"channels": [8, 8, 8, 16]},
+    "ws_resnet": {"channels": [6, 8], "blocks": [1, 1], "groups": 2},
+    "senet": {"channels": [8, 8, 8, 16], "squeeze": 2},
+    "densenet": {"stem": 4, "growth": 4, "blocks": [1, 2]},
+    "efficientnet": {"width": 0.1, "depth": 0.1},
+    "inception": {"channels": [4, 8, 8]},
+    "vgg": {"channels": [4, 6, 8], "hidden": [6], "groups": 2},
+    "alexnet": {"channels": [4, 6, 6, 6, 4], "hidden": [8, 6]},
+    "vit": {"width": 12, "heads": 2, "depth": 2, "inner": 12, "patch": 16},
+    "lenet": {"channels": [3, 4], "hidden": [8, 6], "cells": 2},
+    "convnet": {"channels": [4, 6, 8], "cells": 2},
+    "mlp": {"channels": [8, 6]},
+    **{name: {"width": 4, "levels": 2} for name in PLAYERS},
 }
 #: other than 16 along each axis
 SIDES = {"recurrent_unet": (16, 16, 4), "unetr": (32, 32, 16)}
@@ -49,7 +63,7 @@ def takes(name: str, setting: str) -> bool:
 
 def section(name: str, **settings: Any) -> Section:
     """The small network's section of a plan."""
-    return Section(name=name, **(SMALL[name] | settings))
+    return Section(name=name, **(SMALL.get(name, {}) | settings))
 
 
 def small(name: str, dimensions: int, *, inputs: int = 1, classes: int = 2, **settings: Any) -> nn.Module:

@@ -71,8 +71,8 @@ def test_unknown_parameters_and_bad_values_are_refused(name: str) -> None:
             small(name, 3, norm="group", groups=7)
 
 
-def test_every_entry_is_tried_and_declares_how_it_gives_gradients() -> None:
-    assert set(SMALL) == set(MAPS)
+def test_every_entry_declares_how_it_gives_gradients() -> None:
+    assert set(SMALL) <= set(MODELS)
     assert set(GRADIENTS) == set(MODELS)
     assert set(GRADIENTS.values()) <= {"vmap", "loop", "no DP"}
 
