@@ -57,6 +57,7 @@ NETWORKS: Mapping[str, Network] = {
     "hed": Network("tasks.networks.plain:hed", "map"),
     "deep_medic": Network("tasks.networks.plain:deep_medic", "map"),
     "unetr": Network("tasks.networks.unetr:unetr", "map"),
+    "swin_unetr": Network("tasks.networks.swin:swin_unetr", "map"),
     "resnet": Network("tasks.networks.resnet:resnet", "vector"),
     "ws_resnet": Network("tasks.networks.resnet:ws_resnet", "vector"),
     "senet": Network("tasks.networks.resnet:senet", "vector"),

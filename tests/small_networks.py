@@ -46,9 +46,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "convnet": {"channels": [4, 6, 8], "cells": 2},
     "mlp": {"channels": [8, 6]},
     **{name: {"width": 4, "levels": 2} for name in PLAYERS},
+    "swin_unetr": {"depths": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "window": 2, "norm": "group"},
 }
 #: other than 16 along each axis
-SIDES = {"recurrent_unet": (16, 16, 4), "unetr": (32, 32, 16)}
+SIDES = {"recurrent_unet": (16, 16, 4), "unetr": (32, 32, 16), "swin_unetr": (64, 32, 32)}
 
 
 def sides(name: str, dimensions: int) -> tuple[int, ...]:

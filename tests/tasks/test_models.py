@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from conf.exits import Stop
 from conf.schema import Section
 from tasks.models import GRADIENTS, MODELS
-from tests.small_networks import ENTRIES, LEVELS, MAPS, SMALL, section, sides, small, takes
+from tests.small_networks import ENTRIES, LEVELS, MAPS, SIDES, SMALL, section, sides, small, takes
 
 NORMS = ("instance", "group")
 
@@ -38,7 +38,7 @@ def test_examples_of_a_batch_do_not_see_each_other(
     name: str, dimensions: int, settings: dict[str, Any]
 ) -> None:
     model = small(name, dimensions, inputs=2, **settings).train()
-    size = (32, 32) if settings else sides(name, dimensions)
+    size = sides(name, dimensions) if not settings or name in SIDES else (32, 32)
     x = torch.randn(2, 2, *size)
     other = torch.stack([x[0], 100 * torch.randn_like(x[1])])
     with torch.no_grad():
