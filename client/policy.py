@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -17,6 +18,9 @@ class Policy(Frozen):
         tasks, models: allowed names; None allows every installed one.
         statistics: what may leave of evaluations; `noised`: only under noise, charged to the ledger.
         minimum_cell: fewest patients behind any exact statistic.
+        patients_per_feature: fewest patients behind exact products of features with each other (of the linear
+            rows, of a generator's scores), for each feature; none: they stay home. With fewer patients than
+            features they tell of anybody whose features are known whether he is among them: 2 is prudent.
         privacy: whether plans without differential privacy of patients are refused.
     """
 
@@ -24,6 +28,7 @@ class Policy(Frozen):
     models: tuple[str, ...] | None = None
     statistics: Literal["none", "noised", "exact"] = "exact"
     minimum_cell: int = Field(10, ge=1)
+    patients_per_feature: float | None = Field(None, ge=0, le=1000)
     privacy: Literal["optional", "required"] = "optional"
 
     def check(self, plan: Plan) -> None:
@@ -45,18 +50,29 @@ class Policy(Frozen):
             return self
         return self.model_copy(update={"statistics": "noised"})
 
-    def release(self, patients: int) -> None:
+    def least(self, products: int = 0) -> int:
+        """How many patients must stand behind an exact statistic with the products of so many features."""
+        if not products:
+            return self.minimum_cell
+        return max(self.minimum_cell, math.ceil((self.patients_per_feature or 0) * (products + 1)))
+
+    def release(self, patients: int, products: int = 0) -> None:
         """Let an exact statistic over so many patients leave.
+
+        Args:
+            products: how many features it holds the products of.
 
         Raises:
             Refused: (`policy`, `data`).
         """
         if self.statistics != "exact":
             raise Refused("policy", "exact statistics stay home")
+        if products and self.patients_per_feature is None:
+            raise Refused("policy", "products of features stay home: policy.patients_per_feature is not set")
         if patients == 0:
             raise Refused("data", "no patient")
-        if patients < self.minimum_cell:
-            raise Refused("policy", f"{patients} patients, minimum cell {self.minimum_cell}")
+        if patients < (least := self.least(products)):
+            raise Refused("policy", f"{patients} patients, need {least}")
 
     def release_noised(self) -> None:
         """Let a noised statistic leave, over however many patients: noise hides them, a refusal would not.

@@ -329,14 +329,27 @@ class Session:
     def accumulate(self, name: str, known: Tensors) -> Tensors:
         """What an exchange of a predictor by sums adds over the training cases: float64."""
         patients = self._archive.patients("train")
-        self._policy.release(len(patients))
         predictor = self.study.task.sums()[name]
+        self._policy.release(len(patients), predictor.products)
         total = {name: tensor.clone() for name, tensor in predictor.zero().items()}
+        behind = torch.zeros_like(predictor.cells(total))
         for entries in patients.values():
+            self._bench.halt()
+            inside = torch.zeros_like(behind)
             for entry in entries:
-                for part, tensor in predictor.accumulate(self._archive.load(entry), known).items():
+                made = predictor.accumulate(self._archive.load(entry), known)
+                inside = inside.maximum(predictor.cells(made))
+                for part, tensor in made.items():
                     total[part] += tensor
+            behind += inside
+        self._release(behind, predictor.products)
         return total
+
+    def _release(self, cells: Tensor, products: int) -> None:
+        """Let sums leave over so many patients each; behind one of nobody there is nobody to hide."""
+        for behind in cells.tolist():
+            if behind:
+                self._policy.release(round(behind), products)
 
     def fingerprint(self) -> Tensor:
         """Histograms of the training cases, cells of fewer patients than the policy's minimum suppressed."""
@@ -358,11 +371,10 @@ class Session:
             self._policy.release_noised()
             self._charged(metrics.entry(self.study.plan), "metrics")
             return metrics.release(each, task.statistics(), self.study.plan.privacy.metrics_sigma)
-        self._policy.release(len(patients))
-        total = sum(each, task.statistics()).guarded(self._policy.minimum_cell)
-        for behind in total.cells().tolist():
-            if behind:
-                self._policy.release(round(behind))
+        zero = task.statistics()
+        self._policy.release(len(patients), zero.products)
+        total = sum(each, zero).guarded(self._policy.least(zero.products))
+        self._release(total.cells(), zero.products)
         return (total if self._rows else total.alone()).to_vector()
 
     def _batches(self, patients: Mapping[str, Sequence[Entry]], draw: torch.Generator) -> Iterator[Batch]:

@@ -153,7 +153,10 @@ class Federation:
         """
         archive = Archive(self.sites[name], self.cache.load)
         plans = Plans(folder / "plans")
-        policy, ledger = Policy(minimum_cell=1), Ledger(folder / name / "ledger.jsonl", None)
+        policy, ledger = (
+            Policy(minimum_cell=1, patients_per_feature=0),
+            Ledger(folder / name / "ledger.jsonl", None),
+        )
         return Site(name, archive, policy, bench, plans, folder / name, code, durable=False, ledger=ledger)
 
     def merged(self, name: str, names: list[str]) -> Federation:

@@ -100,10 +100,20 @@ class Summed(ABC):
     Attributes:
         exchanges: how many it takes.
         largest: of a site's sums, in size; the smaller, the finer the grid they are added on.
+        products: how many features a site's sums hold the products of, with each other; 0: none. Of fewer
+            patients than features such products tell who is among them.
     """
 
     exchanges: int = 1
     largest: float = 2.0**31
+
+    @property
+    def products(self) -> int:
+        return 0
+
+    def cells(self, part: Sums) -> Tensor:
+        """Which of its means a case's `part` counts in, 1 or 0: by default in all, if it adds anything."""
+        return torch.tensor([any(bool(tensor.any()) for tensor in part.values())], dtype=torch.float64)
 
     def start(self) -> Sums:
         """What is known before the first exchange: float64."""

@@ -28,6 +28,10 @@ class Prior(Summed):
         values = self.target.regressors(case)
         return {"values": values.nan_to_num(0), "known": (~values.isnan()).double()}
 
+    def cells(self, part: Sums) -> Tensor:
+        """A mean for each value."""
+        return part["known"]
+
     def predict(self, known: Sums, case: Case) -> Prediction:
         """The mean."""
         mean = known["values"] / known["known"].clamp_min(1)
@@ -49,6 +53,10 @@ class Ridge(Summed):
     features: Callable[[Case], Tensor]
     size: int
     penalty: float = 1.0
+
+    @property
+    def products(self) -> int:
+        return self.size
 
     def zero(self) -> Sums:
         """Products of features (with a one behind them) with each other and with the values."""
@@ -97,6 +105,10 @@ class Logistic(Summed):
         """One an iteration."""
         return self.iterations
 
+    @property
+    def products(self) -> int:
+        return self.size
+
     def start(self) -> Sums:
         """Weights of zero."""
         return {"weights": torch.zeros((self.size + 1, self.target.fits), dtype=torch.float64)}
@@ -120,6 +132,10 @@ class Logistic(Summed):
             "gradient": torch.outer(x, (values.nan_to_num(0) - p) * there),
             "hessian": (p * (1 - p) * there)[:, None, None] * outer,
         }
+
+    def cells(self, part: Sums) -> Tensor:
+        """A head for each column."""
+        return (part["gradient"] != 0).any(0).double()
 
     def solve(self, sums: Sums, known: Sums) -> Sums:
         """One step of Newton's method."""

@@ -82,6 +82,11 @@ class Statistics(ABC):
         """How many patients stand behind each mean or share in `value`; 0 where there is none."""
         return torch.tensor([float(self.patients)], dtype=torch.float64)
 
+    @property
+    def products(self) -> int:
+        """How many features of patients they hold the products of, with each other."""
+        return 0
+
     def guarded(self, minimum: int) -> Self:
         """Without what a site may leave out by itself because fewer patients stand behind it."""
         return self

@@ -98,6 +98,10 @@ class SynthesisStatistics(Statistics):
         """How many patients were scored."""
         return round(float(self.count))
 
+    @property
+    def products(self) -> int:
+        return self.real.shape[1]
+
     def cells(self) -> Tensor:
         """Patients over all and by class."""
         return torch.cat([self.count[None], self.images])
@@ -180,6 +184,10 @@ class ClassMean(Summed):
         total["square"][k] = total["image"][k] ** 2
         total["cases"][k] = 1
         return total
+
+    def cells(self, part: Sums) -> Tensor:
+        """A mean for each class."""
+        return part["cases"]
 
     def predict(self, known: Sums, case: Case) -> Prediction:
         """Two of the case's class."""

@@ -240,7 +240,7 @@ class Toys:
         return Site(
             name=name,
             archive=toy_archive(self.cases[name]),
-            policy=Policy(minimum_cell=1),
+            policy=Policy(minimum_cell=1, patients_per_feature=0),
             bench=bench or Bench("cpu"),
             plans=Plans(sites / "plans"),
             folder=sites / name,

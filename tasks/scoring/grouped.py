@@ -64,6 +64,10 @@ class Grouped(Statistics):
             for i, (name, part) in enumerate(zip(self.groups, self.parts, strict=True))
         }
 
+    @property
+    def products(self) -> int:
+        return self.kind.products
+
     def bounds(self) -> dict[str, float]:
         """None: every group would need noise of its own, which a small one does not outlive."""
         raise ValueError("task.subgroups are scored without noise only")

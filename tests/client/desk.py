@@ -22,7 +22,7 @@ class Desk:
     folder: Path
     plan: Plan
     durable: bool = True
-    policy: Policy = field(default_factory=lambda: Policy(minimum_cell=1))
+    policy: Policy = field(default_factory=lambda: Policy(minimum_cell=1, patients_per_feature=0))
     cases: Any = field(default_factory=lambda: toy_cases(1, 3))
 
     def __post_init__(self) -> None:
