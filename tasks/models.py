@@ -58,6 +58,7 @@ NETWORKS: Mapping[str, Network] = {
     "deep_medic": Network("tasks.networks.plain:deep_medic", "map"),
     "unetr": Network("tasks.networks.unetr:unetr", "map"),
     "swin_unetr": Network("tasks.networks.swin:swin_unetr", "map"),
+    "scale_space": Network("tasks.networks.scale_space:scale_space", "map"),
     "resnet": Network("tasks.networks.resnet:resnet", "vector"),
     "ws_resnet": Network("tasks.networks.resnet:ws_resnet", "vector"),
     "senet": Network("tasks.networks.resnet:senet", "vector"),

@@ -24,6 +24,8 @@ class Hog:
 
     Attributes:
         side: of that square, in pixels. cell: side of a cell. directions: of a histogram.
+        root: square roots, less their mean (Arandjelović and Zisserman, CVPR 2012): what all images share
+            is gone, which else takes up most of a clipped gradient under differential privacy.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -33,6 +35,7 @@ class Hog:
     side: Annotated[int, Field(ge=16, le=512)] = 128
     cell: Annotated[int, Field(ge=4, le=64)] = 16
     directions: Annotated[int, Field(ge=2, le=36)] = 9
+    root: bool = False
 
     def __post_init__(self) -> None:
         if self.side // self.cell < 2:
@@ -51,4 +54,8 @@ class Hog:
             pixels_per_cell=(self.cell, self.cell),
             cells_per_block=(2, 2),
         )
-        return torch.from_numpy(found).float()
+        made = torch.from_numpy(found).float()
+        if self.root:
+            made = made.clamp_min(0).sqrt()
+            made = made - made.mean()
+        return made

@@ -81,3 +81,10 @@ def test_intensities_are_numpy_s() -> None:
         rel=1e-5,
     )
     assert found[5:] == pytest.approx(np.percentile(values, [1, 5, 10, 25, 50, 75, 90, 95, 99]), rel=1e-5)
+
+
+def test_roots_of_a_hog_have_nothing_in_common() -> None:
+    plain, root = built("hog", 2)(image(2)), built("hog", 2, root=True)(image(2))
+    assert float(root.mean()) == pytest.approx(0, abs=1e-6)
+    spread = plain.clamp_min(0).sqrt()
+    assert torch.allclose(root, spread - spread.mean())
