@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from conf.exits import Exit, Stop
 from conf.schema import Section
 from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.augment import turned
 from tasks.features import FEATURES, Extractor
-from tasks.imaging import Change, Classes, ImageTask, Label, Sides
+from tasks.imaging import Change, Classes, ImageTask, Label, Sides, one_of
 from tasks.linear import Logistic, Prior, Ridge
-from tasks.losses import LOSS_TABLE, LOSSES
+from tasks.losses import comparing
 from tasks.metrics import Statistics
 from tasks.models import MODELS
 from tasks.networks.reader import Reader
 from tasks.predict import device_of
 from tasks.scoring.classes import KINDS
-from tasks.scoring.grouped import by_group
 from tasks.targets import TARGETS, Target
 from tasks.views import VIEWS
 
+Positive = Annotated[float, Field(gt=0)]
+Categories = Annotated[int, Field(ge=1, le=4096)]
+_CHANGES = ("flips", "rotation", "scaling", "shift", "noise", "contrast", "brightness", "gamma")
 #: what the linear row looks at, by axes of the image
 PLAIN = {2: Section(name="hog"), 3: Section(name="thumbnail")}
 
@@ -41,9 +43,11 @@ class Classification(ImageTask):
         target: what the labels are, see `tasks.targets`. labels: their names in a case.
         classes: names of the classes or levels, where the target is one label.
         size: sides of the network's input; the whole image (or instance) is stretched onto it.
-        view: how an image becomes instances, see `tasks.views`. instances: how many. pool: how they come
+        view: how an image becomes instances, see `tasks.views`. instances: how many (planes are three, of
+            tiles the largest square number that is not more). pool: how they come
             together, see `tasks.networks.pooling`.
-        columns: of the case's table: mean and deviation that a number is scaled by, or how many categories.
+        columns: of the case's table (`data.columns.table`): mean and deviation that a number is scaled by,
+            or how many categories.
         features: fixed ones that a network of vectors is given in the image's place, see `tasks.features`.
         shift: largest shift in training, in shares of a side.
         mixup: α of Beta(α, α), by which examples of a batch are mixed (Zhang et al., 2018,
@@ -52,14 +56,14 @@ class Classification(ImageTask):
             arXiv:1506.02142); 0: one without.
     """
 
-    target: Literal["classes", "multilabel", "ordinal", "continuous"] = "classes"
+    target: Annotated[str, one_of(TARGETS)] = "classes"
     labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=256)] = ("label",)
     classes: Classes = ("negative", "positive")
     size: Sides
-    view: Literal["whole", "slices", "planes", "scales", "tiles"] = "whole"
+    view: Annotated[str, one_of(VIEWS)] = "whole"
     instances: Annotated[int, Field(ge=1, le=1024)] = 16
     pool: Section = field(default_factory=lambda: Section(name="attention"))
-    columns: Mapping[Label, tuple[float, float] | int] = field(default_factory=dict)
+    columns: Mapping[Label, tuple[float, Positive] | Categories] | None = None
     features: Section | None = None
     shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     mixup: Change = 0.0
@@ -72,23 +76,43 @@ class Classification(ImageTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        LOSSES.build(self.loss)
-        if LOSS_TABLE[self.loss.name].targets != self.target:
-            known = ", ".join(sorted(n for n, e in LOSS_TABLE.items() if e.targets == self.target))
-            raise Stop(
-                Exit.CONFIG,
-                f"loss is {self.loss.name!r}, which does not compare {self.target}; use one of: {known} "
-                "(setting: loss)",
-            )
-        if self.mixup and self.target != "classes":
+        # it knows as many classes or labels as there are
+        some = torch.zeros(1, self._target.outputs)
+        truth = torch.zeros(1, dtype=torch.int64) if self._target.single else some
+        comparing(self.loss, self.target)(some, truth)
+        if self.mixup and not self._target.shares:
             raise ValueError(f"task.mixup is {self.mixup:g}; it mixes classes, task.target is {self.target}")
+        self._check_view()
         self.rehearse("size", self._shapes(), (self._target.outputs,), "choose another size, model or view")
+        if self.dropout_samples:
+            self._check_dropout()
+
+    def _check_view(self) -> None:
+        """Its instances are as many as asked for, and of as many axes as `size`."""
+        view = VIEWS[self.view]
+        if len(self.size) not in view.sides:
+            axes = " or ".join(map(str, view.sides))
+            raise ValueError(f"task.size is {list(self.size)}; view {self.view} takes {axes} sides")
+        if self.features is not None:
+            self.unchanged(_CHANGES, "task.features are of the images as they are")
+            if view.bag:
+                raise ValueError(f"task.view is {self.view!r}; task.features are of the whole image: whole")
+
+    def _check_dropout(self) -> None:
+        with torch.device("meta"):
+            layers = self.build_model().modules()
+        if not any(isinstance(one, _DropoutNd) and one.p for one in layers):
+            raise ValueError(
+                f"task.dropout_samples is {self.dropout_samples}; model {self.model.name!r} has no dropout "
+                "as it is used here: 0, or model.dropout above 0"
+            )
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Of the network's inputs."""
         if self._extractor is not None:
             return [(self._extractor.size + self._width,)]
-        bag = (3 if self.view == "planes" else self.instances,) if VIEWS[self.view].bag else ()
+        view = VIEWS[self.view]
+        bag = (view.count(self.instances),) if view.bag else ()
         return [(*bag, self.channels, *self.size), *([(self._width,)] if self.columns else [])]
 
     @cached_property
@@ -111,17 +135,16 @@ class Classification(ImageTask):
     @property
     def _width(self) -> int:
         """Numbers that the table comes to."""
-        return sum(kind + 1 if isinstance(kind, int) else 2 for kind in self.columns.values())
+        return sum(kind + 1 if isinstance(kind, int) else 2 for kind in (self.columns or {}).values())
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """One: the loss between the network's outputs and the target."""
-        criterion, inputs = LOSSES.build(self.loss), self._inputs
+        criterion, inputs = comparing(self.loss, self.target), self._inputs
 
         def loss(model: nn.Module, batch: Batch | None) -> Tensor:
-            if batch is None:
-                raise ValueError("classification needs a batch of patients; got none")
-            value: Tensor = criterion(model(*(batch[name] for name in inputs)), batch["target"])
+            here = self.patients(batch)
+            value: Tensor = criterion(model(*(here[name] for name in inputs)), here["target"])
             return value
 
         return (Phase("train", loss),)
@@ -176,7 +199,7 @@ class Classification(ImageTask):
     def _table(self, case: Case) -> Tensor:
         """The declared columns: a scaled number (missing: 0) or its category, and whether it is missing."""
         parts = []
-        for name, kind in self.columns.items():
+        for name, kind in (self.columns or {}).items():
             value = case.table.get(name)
             if isinstance(kind, int):
                 made = torch.zeros(kind + 1)
@@ -230,7 +253,7 @@ class Classification(ImageTask):
             rows: Tensor = model(*inputs)
             return rows
         for module in model.modules():
-            module.train(isinstance(module, nn.modules.dropout._DropoutNd))
+            module.train(isinstance(module, _DropoutNd))
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -238,21 +261,20 @@ class Classification(ImageTask):
         finally:
             model.eval()
 
-    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+    def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """This patient's cases that have a label."""
         rows = []
         for case, prediction in zip(cases, predictions, strict=True):
             if any(name in case.labels for name in self.labels):
                 rows.append((self._target.encode(case), prediction.scores["given"]))
         if not rows:
-            return self.statistics()
+            return self.unscored()
         truth, given = (torch.stack(part).double() for part in zip(*rows, strict=True))
-        made = KINDS[self.target].of_patient(cases[0].patient, truth, given)
-        return by_group(made, self.subgroups, [case.groups for case in cases])
+        return KINDS[self.target].of_patient(cases[0].patient, truth, given)
 
-    def statistics(self) -> Statistics:
+    def unscored(self) -> Statistics:
         """No patient."""
-        return by_group(KINDS[self.target].zero(self._target.columns), self.subgroups)
+        return KINDS[self.target].zero(self._target.columns)
 
     def trivial(self) -> Mapping[str, Summed]:
         """The mean, and least squares on plain features (of a table where the network reads one alone)."""

@@ -14,7 +14,6 @@ from conf.exits import Exit, Stop
 from conf.schema import Section
 from tasks.adversarial import DRAWS, Disguise, Game, frozen
 from tasks.base import Batch, Case, Phase, Prediction, Summed
-from tasks.data.fingerprint import Survey
 from tasks.data.resample import resample
 from tasks.imaging import ImageTask, Label, Share, Sides
 from tasks.losses import LOSS_TABLE, LOSSES
@@ -250,23 +249,19 @@ class Gan(ImageTask):
         first, second = self.sample(model, label, generator(0, case.key, 0, "predict", "noise"))
         return Prediction(images={self.image: first, "second": second})
 
-    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+    def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """Plain features of this patient's images and of as many made ones, by class."""
         return SynthesisStatistics.of_patient(
             [
                 (self.class_of(case), self.scaled(case), made.images[self.image], made.images["second"])
                 for case, made in zip(cases, predictions, strict=True)
             ],
-            self.statistics(),
+            self.unscored(),
         )
 
-    def statistics(self) -> SynthesisStatistics:
-        """Zero patients."""
+    def unscored(self) -> SynthesisStatistics:
+        """No patient."""
         return SynthesisStatistics.zero(max(self.kinds, 1), self.channels, len(self.size))
-
-    def survey(self) -> Survey:
-        """The image alone."""
-        return Survey(self.image)
 
     def trivial(self) -> Mapping[str, Summed]:
         """The mean image of each class, with noise."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
 from conf.exits import Exit, Stop
 from conf.schema import Section
 from conf.table import STRICT
-from tasks.base import Case, Task
+from tasks.base import Batch, Case, Prediction, Task
 from tasks.data.augment import Augmentation
+from tasks.data.fingerprint import Survey
 from tasks.data.resample import fixed, window, zscore
+from tasks.metrics import Statistics
+from tasks.scoring.grouped import by_group
 
 Label = Annotated[str, Field(min_length=1, max_length=64)]
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -27,6 +30,17 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Axis = Annotated[int, Field(ge=0, le=2)]
 Change = Annotated[float, Field(ge=0, le=4)]
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """For the annotation of a setting: it is a name of this table."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"known: {', '.join(sorted(names))}")
+        return name
+
+    return AfterValidator(known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +94,16 @@ class ImageTask(Task):
             if not low < high:
                 raise ValueError(f"task.{name} is [{low}, {high}]; the first must be the smaller")
 
+    def unchanged(self, names: Sequence[str], why: str) -> None:
+        """Refuse changes by chance that would not happen.
+
+        Raises:
+            Stop: (`CONFIG`) one of these settings is not 0.
+        """
+        if given := [name for name in names if getattr(self, name)]:
+            shown = ", ".join(f"task.{name} is {getattr(self, name)}" for name in given)
+            raise Stop(Exit.CONFIG, f"{shown}; {why}: leave {'it' if len(given) == 1 else 'them'} at 0 or []")
+
     def rehearse(
         self, setting: str, inputs: Sequence[tuple[int, ...]], wanted: tuple[int, ...], remedy: str
     ) -> None:
@@ -105,12 +129,43 @@ class ImageTask(Task):
                 f"{remedy}",
             )
 
+    @abstractmethod
+    def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+        """Additive statistics of one patient over all groups."""
+
+    @abstractmethod
+    def unscored(self) -> Statistics:
+        """The zero of `scored`."""
+
+    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+        """Additive statistics of one patient, in the patient's subgroups too."""
+        return by_group(self.scored(cases, predictions), self.subgroups, [case.groups for case in cases])
+
+    def statistics(self) -> Statistics:
+        """No patient."""
+        return by_group(self.unscored(), self.subgroups)
+
+    def survey(self) -> Survey:
+        """The image alone."""
+        return Survey(self.image)
+
     @property
     def change(self) -> Augmentation:
         """What chance may do to an image in training."""
         return Augmentation(
             self.flips, self.rotation, self.scaling, self.noise, self.contrast, self.brightness, self.gamma
         )
+
+    @staticmethod
+    def patients(batch: Batch | None) -> Batch:
+        """The batch of a phase that reads patients.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if batch is None:
+            raise ValueError("this phase needs a batch of patients; got none")
+        return batch
 
     def picture(self, case: Case, axes: int = 0) -> Tensor:
         """The case's image as it came: `CHW[D]` float32, with `axes` more than the network's input has.

@@ -14,8 +14,10 @@ depends on the targets of its entry:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from conf.exits import Exit, Stop
+from conf.schema import Section
 from conf.table import Table
 
 Targets = Literal["map", "classes", "multilabel", "ordinal", "continuous", "game"]
@@ -62,3 +64,19 @@ LOSS_TABLE: Mapping[str, Loss] = {
 }
 
 LOSSES = Table("loss", {name: entry.builder for name, entry in LOSS_TABLE.items()})
+
+
+def comparing(section: Section, targets: str) -> Any:
+    """What a plan's loss builds, which compares with these targets.
+
+    Raises:
+        Stop: (`CONFIG`, `UNKNOWN_NAME`) it compares with others, or there is none of that name.
+    """
+    made = LOSSES.build(section)
+    if LOSS_TABLE[section.name].targets != targets:
+        known = ", ".join(sorted(name for name, entry in LOSS_TABLE.items() if entry.targets == targets))
+        raise Stop(
+            Exit.CONFIG,
+            f"loss is {section.name!r}, which does not compare {targets}; use one of: {known}",
+        )
+    return made

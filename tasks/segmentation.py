@@ -16,11 +16,10 @@ from tasks.data.augment import cut, start
 from tasks.data.fingerprint import Survey
 from tasks.data.resample import grid, hardest, resample, resample_mask
 from tasks.imaging import Classes, ImageTask, Label, Millimetres, Share, Sides
-from tasks.losses import LOSS_TABLE, LOSSES
+from tasks.losses import comparing
 from tasks.metrics import Statistics
 from tasks.models import MODELS
 from tasks.predict import mirrored, sliding_window
-from tasks.scoring.grouped import by_group
 from tasks.scoring.overlap import SegmentationStatistics
 from tasks.scoring.surface import Depth
 from tasks.supervision import deep, marginal
@@ -74,7 +73,9 @@ class Segmentation(ImageTask):
                 f"task.spacing has {len(self.spacing)} axes, task.patch has {len(self.patch)}; give one per "
                 "axis"
             )
-        self._check_loss()
+        # it knows as many classes as there are
+        some = torch.zeros(1, len(self.classes), *[2] * len(self.patch))
+        comparing(self.loss, "map")(some, torch.zeros(some[:, 0].shape, dtype=torch.int64))
         self.rehearse(
             "patch",
             [(self.channels, *self.patch)],
@@ -82,30 +83,18 @@ class Segmentation(ImageTask):
             "its sides must be multiples of the network's total stride, and at least twice it",
         )
 
-    def _check_loss(self) -> None:
-        """It compares maps, and knows as many classes as there are."""
-        criterion = LOSSES.build(self.loss)
-        known = [name for name, entry in LOSS_TABLE.items() if entry.targets == "map"]
-        if self.loss.name not in known:
-            raise ValueError(f"loss is {self.loss.name!r}; segmentation takes {', '.join(sorted(known))}")
-        some = torch.zeros(1, len(self.classes), *[2] * len(self.patch))
-        criterion(some, torch.zeros(some[:, 0].shape, dtype=torch.int64))
-
     @property
     def phases(self) -> tuple[Phase, ...]:
         """One: the loss between the network's logits (side outputs too) and the mask."""
-        criterion = LOSSES.build(self.loss)
+        criterion = comparing(self.loss, "map")
 
         def loss(model: nn.Module, batch: Batch | None) -> Tensor:
-            if batch is None:
-                raise ValueError("segmentation needs a batch of patients; got none")
-            logits = model(batch["image"])
-            if "looked" in batch:
-                logits = tuple(
-                    marginal(each, batch["looked"])
-                    for each in (logits if isinstance(logits, tuple) else (logits,))
-                )
-            return deep(criterion, logits, batch["mask"])
+            here = self.patients(batch)
+            logits = model(here["image"])
+            if "looked" in here:
+                outputs = logits if isinstance(logits, tuple) else (logits,)
+                logits = tuple(marginal(each, here["looked"]) for each in outputs)
+            return deep(criterion, logits, here["mask"])
 
         return (Phase("train", loss),)
 
@@ -188,7 +177,7 @@ class Segmentation(ImageTask):
         mask = cleaned(mask, case.spacing, largest=self.largest, smallest=self.smallest)
         return Prediction(masks={self.mask: mask})
 
-    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+    def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """Overlap in the native geometry, averaged over this patient's annotated cases."""
         pairs = [
             (self._judged(case, case.masks), self._judged(case, prediction.masks), case.spacing)
@@ -196,9 +185,8 @@ class Segmentation(ImageTask):
             if self.mask in case.masks
         ]
         if not pairs:
-            return self.statistics()
-        made = SegmentationStatistics.of_patient(cases[0].patient, pairs, len(self.classes) - 1, self._depth)
-        return by_group(made, self.subgroups, [case.groups for case in cases])
+            return self.unscored()
+        return SegmentationStatistics.of_patient(cases[0].patient, pairs, len(self.classes) - 1, self._depth)
 
     def _judged(self, case: Case, masks: Mapping[str, Tensor]) -> Tensor:
         """Without the classes that nobody looked for in this case: they are neither right nor wrong."""
@@ -208,10 +196,9 @@ class Segmentation(ImageTask):
     def _depth(self) -> Depth:
         return Depth(self.surface, self.lesion_iou)
 
-    def statistics(self) -> Statistics:
-        """Zero patients."""
-        zero = SegmentationStatistics.zero(len(self.classes) - 1, len(self.patch), self._depth.names)
-        return by_group(zero, self.subgroups)
+    def unscored(self) -> Statistics:
+        """No patient."""
+        return SegmentationStatistics.zero(len(self.classes) - 1, len(self.patch), self._depth.names)
 
     def survey(self) -> Survey:
         """Image, mask and the size of each class."""

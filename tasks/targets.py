@@ -30,6 +30,8 @@ class Target(ABC):
 
     single: ClassVar[bool] = True
     """Whether it is one label, of one of `classes`."""
+    shares: ClassVar[bool] = False
+    """Whether its losses take shares of the classes, too."""
 
     def __post_init__(self) -> None:
         if self.single and len(self.labels) != 1:
@@ -85,6 +87,8 @@ class Target(ABC):
 @dataclass(frozen=True)
 class Classes(Target):
     """One of K classes."""
+
+    shares: ClassVar[bool] = True
 
     def decode(self, outputs: Tensor) -> Tensor:
         return outputs.softmax(-1)

@@ -20,7 +20,6 @@ from conf.schema import Section
 from tasks.adversarial import each, frozen
 from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.augment import start
-from tasks.data.fingerprint import Survey
 from tasks.fidelity import Affine, FidelityStatistics, Identity
 from tasks.gan import Players, the_game
 from tasks.imaging import ImageTask, Label, Sides
@@ -211,7 +210,7 @@ class Translation(ImageTask):
         """What intensities are cut to, in raw units."""
         return self.clip if self.normalise == "fixed" else self.window
 
-    def score(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
+    def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """Fidelity to the target within `bounds`, the mean over this patient's cases."""
         pairs = [
             (self.pair(case)[1], prediction.images[self.target])
@@ -219,13 +218,9 @@ class Translation(ImageTask):
         ]
         return FidelityStatistics.of_patient(pairs, self.bounds)
 
-    def statistics(self) -> FidelityStatistics:
-        """Zero patients."""
+    def unscored(self) -> FidelityStatistics:
+        """No patient."""
         return FidelityStatistics.zero()
-
-    def survey(self) -> Survey:
-        """The image alone."""
-        return Survey(self.image)
 
     def trivial(self) -> Mapping[str, Summed]:
         """What is given, as it is, and with the line through all intensities that fits best."""

@@ -26,11 +26,15 @@ class View:
     Attributes:
         cut: `cut(image, size, instances)`.
         bag: whether it makes instances. axes: of the image, beyond those of `size`.
+        sides: how many `size` may have.
+        count: the instances it makes where so many are asked for.
     """
 
     cut: Cut
     bag: bool = True
     axes: int = 0
+    sides: tuple[int, ...] = (2, 3)
+    count: Callable[[int], int] = int
 
 
 def _whole(image: Tensor, size: Sequence[int], instances: int) -> Tensor:  # noqa: ARG001
@@ -71,8 +75,8 @@ def _tiles(image: Tensor, size: Sequence[int], instances: int) -> Tensor:
 
 VIEWS: Mapping[str, View] = {
     "whole": View(_whole, bag=False),
-    "slices": View(_slices, axes=1),
-    "planes": View(_planes, axes=1),
+    "slices": View(_slices, axes=1, sides=(2,)),
+    "planes": View(_planes, axes=1, sides=(2,), count=lambda _: 3),
     "scales": View(_scales),
-    "tiles": View(_tiles),
+    "tiles": View(_tiles, sides=(2,), count=lambda n: isqrt(n) ** 2),
 }

@@ -25,10 +25,16 @@ LOSS = {
 }
 
 
-def built(model: Mapping[str, Any] | None = None, loss: str | None = None, **task: Any) -> Classification:
+def built(
+    model: Mapping[str, Any] | None = None,
+    loss: str | None = None,
+    weights: list[float] | None = None,
+    **task: Any,
+) -> Classification:
     given = {"name": "classification", "size": [32, 32], **task}
     chosen = loss or LOSS[str(given.get("target", "classes"))]
-    plan = {"model": model or LENET, "loss": {"name": chosen}, "strategy": {"name": "fedavg"}}
+    more = {} if weights is None else {"weights": weights}
+    plan = {"model": model or LENET, "loss": {"name": chosen, **more}, "strategy": {"name": "fedavg"}}
     made = build_task(Plan.model_validate({"task": given, **plan}))
     assert isinstance(made, Classification)
     return made
@@ -92,7 +98,7 @@ def test_every_view_pool_and_table_reads(view: str, pool: str, columns: dict[str
     task = built(view=view, instances=4, pool={"name": pool}, columns=columns, rotation=10.0, shift=0.1)
     one = case(axes=2 + VIEWS[view].axes)
     batch = task.batch([task.prepare(one)] * 2, draw())
-    bag = (3,) if view == "planes" else (4,)
+    bag = (VIEWS[view].count(4),)
     assert batch["image"].shape == (2, *(bag if VIEWS[view].bag else ()), 1, 32, 32)
     model = task.build_model()
     assert task.phases[0].loss(model, batch).shape == (2,)
@@ -189,6 +195,26 @@ def test_dropout_is_averaged_the_same_way_each_time() -> None:
         ({"features": {"name": "hog"}}, Exit.CONFIG, "model.dimensions"),
         ({"features": {"name": "magic"}}, Exit.UNKNOWN_NAME, "features is 'magic'; known: .*hog"),
         ({"flips": [2]}, Exit.CONFIG, r"task.flips is \[2\]"),
+        (
+            {"view": "strips"},
+            Exit.CONFIG,
+            "task.view is 'strips'; known: planes, scales, slices, tiles, whole",
+        ),
+        ({"target": "yes", "loss": "huber"}, Exit.CONFIG, "task.target is 'yes'; known: classes, continuous"),
+        ({"view": "slices", "size": [32] * 3}, Exit.CONFIG, "view slices takes 2 sides"),
+        ({"view": "tiles", "size": [32] * 3}, Exit.CONFIG, "view tiles takes 2 sides"),
+        ({"columns": {"age": [50, 0]}}, Exit.CONFIG, r"task.columns.age.* greater than 0"),
+        (
+            {"model": {"name": "linear"}, "features": {"name": "hog"}, "flips": [1], "rotation": 9.0},
+            Exit.CONFIG,
+            r"task.flips is \(1,\), task.rotation is 9.0; task.features are of the images as they are",
+        ),
+        (
+            {"model": {"name": "linear"}, "features": {"name": "hog"}, "view": "tiles"},
+            Exit.CONFIG,
+            "task.features are of the whole image",
+        ),
+        ({"dropout_samples": 3}, Exit.CONFIG, "model 'lenet' has no dropout as it is used here"),
         ({"view": "tiles", "pool": {"name": "sum"}}, Exit.UNKNOWN_NAME, "pool is 'sum'; known: .*attention"),
     ],
 )

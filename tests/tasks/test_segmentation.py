@@ -128,7 +128,7 @@ def test_phase_gives_one_loss_per_example_and_learns() -> None:
         losses.append(loss.mean().item())
     assert losses[-1] < 0.5 * losses[0]
     assert phase.private
-    with pytest.raises(ValueError, match="segmentation needs a batch of patients"):
+    with pytest.raises(ValueError, match="needs a batch of patients"):
         phase.loss(model, None)
 
 
@@ -340,7 +340,10 @@ def test_bad_settings_are_named(task: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ({"name": "huber"}, r"loss is 'huber'; segmentation takes balanced_cross_entropy, boundary"),
+        (
+            {"name": "huber"},
+            r"loss is 'huber', which does not compare map; use one of: balanced_cross_entropy, boundary",
+        ),
         ({"name": "focal", "weights": [1.0, 2.0]}, r"loss\.weights has 2 numbers; there are 3 classes"),
     ],
 )
