@@ -220,5 +220,5 @@ def test_weights_of_the_sum(name: str, other: str, weight: str) -> None:
 def test_bad_parameters_are_refused() -> None:
     with pytest.raises(Stop, match=r"loss\.smooth is 0; input should be greater than 0"):
         LOSSES.build(Section(name="dice", smooth=0))
-    with pytest.raises(Stop, match=r"loss is 'hinge'; known: .*cross_entropy, dice"):
-        LOSSES.build(Section(name="hinge"))
+    with pytest.raises(Stop, match=r"loss is 'hinged'; known: .*cross_entropy, dice"):
+        LOSSES.build(Section(name="hinged"))
