@@ -72,7 +72,7 @@ class Policy(Frozen):
         if patients == 0:
             raise Refused("data", "no patient")
         if patients < (least := self.least(products)):
-            raise Refused("policy", f"{patients} patients, need {least}")
+            raise Refused("policy", f"{patients} patients, minimum cell {least}")
 
     def release_noised(self) -> None:
         """Let a noised statistic leave, over however many patients: noise hides them, a refusal would not.

@@ -91,7 +91,10 @@ def _stage(
     kind, _, detail = name.partition("/")
     split = detail.rpartition("/")[2] if kind == "evaluate" else "train"
     patients = len(archive.patients(split))
-    refused = "" if kind == "train" and patients else _refusal(lambda: policy.release(patients))
+    held = 0  # features whose products it tells
+    if kind in ("trivial", "evaluate"):
+        held = (study.task.sums()[detail] if kind == "trivial" else study.task.statistics()).products
+    refused = "" if kind == "train" and patients else _refusal(lambda: policy.release(patients, held))
     if covers(study.plan, detail.partition("/")[0]):
         refused = _refusal(policy.release_noised)
     if kind == "fingerprint" and not refused:

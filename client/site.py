@@ -22,6 +22,7 @@ from client.errors import report
 from client.ledger import Ledger
 from client.policy import Policy
 from client.private import Charges
+from client.promise import hold
 from client.state import Memory
 from client.train import Archive, Bench, Session
 from conf.files import write_atomic
@@ -151,6 +152,8 @@ class Site:
         plan = self.plans[instruction.plan]
         self.policy.check(plan)
         study, strategy = self.bench.study(plan, self.plans.initial)
+        if self.durable:
+            hold(instruction, common, study, strategy)
         spec = self.bench.spec(study, strategy, instruction.stage)
         remembers = self.durable or strategy.stateful
         memory = Memory(self.folder / "memory" / instruction.run, durable=self.durable)

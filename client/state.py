@@ -41,7 +41,7 @@ class Memory:
 
         Raises:
             Refused: (`conflict`) another instruction was answered under its round, attempt and stage;
-                (`lost`) the record is damaged.
+                (`lost`) the record is damaged; (`stale`) its round is over, and what was answered forgotten.
         """
         if not self._durable:
             return None
@@ -55,6 +55,8 @@ class Memory:
             if record["digest"] != instruction.digest:
                 raise Refused("conflict", str(record["key"]))
             return Reply.from_tree(record["reply"])
+        if self._floor.exists() and instruction.round < int(self._floor.read_bytes()):
+            raise Refused("stale", f"round {instruction.round}")
         return None
 
     def settle(self, epoch: Epoch | None) -> Tree:
@@ -97,10 +99,18 @@ class Memory:
         for left in self._folder.glob(".*.part"):  # of a process that was killed as it wrote
             left.unlink()
         write_atomic(path, pack(record))
-        for old in self._folder.glob("reply-*"):
-            # what is settled is asked again only by a coordinator that falls back by one checkpoint
-            if instruction.settled and int(old.name.split("-")[1]) < instruction.settled[0]:
-                old.unlink(missing_ok=True)
+        first = instruction.settled[0] if instruction.settled else 0
+        # what is settled is asked again only by a coordinator that falls back by one checkpoint
+        if past := [p for p in self._folder.glob("reply-*") if int(p.name.split("-")[1]) < first]:
+            # forgotten, but not to be answered anew: that would be a second release
+            write_atomic(self._floor, str(first).encode())
+        for old in past:
+            old.unlink(missing_ok=True)
+
+    @property
+    def _floor(self) -> Path:
+        """Holds the first round whose replies are kept."""
+        return self._folder / "floor"
 
     def _generations(self) -> list[_Generation]:
         """States on disk, oldest first."""

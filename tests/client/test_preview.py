@@ -116,7 +116,7 @@ def test_what_the_site_would_refuse_is_said(site: Path, capsys: pytest.CaptureFi
     assert code(app, ["preview", str(site)]) == Exit.OK
     said = capsys.readouterr().out
     assert "would refuse the plan (policy: task segmentation)" in said
-    assert said.count("minimum cell 50: a code leaves instead") == 8
+    assert said.count("minimum cell 50: a code leaves instead") == 14
     (site / "site.yaml").write_text("name: ward7\npolicy: {minimum_cell: 50}\n")
     body = asked(site, plan("fingerprint"), "fingerprint", {}).body
     assert isinstance(body, Failure)

@@ -332,7 +332,10 @@ def test_scores_are_reserved_before_a_patient_is_read(ram: Path) -> None:
         "other": body(toys, "evaluate/given/val", {**down, "kind": "given"}),
         "sums": body(toys, "trivial/constant", {}),
     }
-    assert {reply.body.code for reply in kinds.values() if isinstance(reply.body, Failure)} == {"policy"}
+    assert {reply.body.code for reply in kinds.values() if isinstance(reply.body, Failure)} == {
+        "policy",
+        "stage",
+    }
     assert sum(isinstance(reply.body, Failure) for reply in kinds.values()) == 3
     # nobody is too few: noise hides how many there are
     first, again = (body(toys, "evaluate/federated/val", down, policy=Policy()) for _ in range(2))

@@ -113,10 +113,54 @@ def test_a_simulated_site_keeps_no_reply(name: str, ram: Path, steps: list[int])
 
 
 def test_replies_older_than_the_settled_round_are_dropped(ram: Path) -> None:
-    desk = Desk(ram, toy_plan())
+    desk = Desk(ram, toy_plan(federation={"rounds": 5}))
     for r in range(1, 6):
         blob(desk.ask(desk.asked(round=r, settled=(r - 1, 0) if r > 1 else None)))
-    assert sorted(name[:12] for name in desk.files()) == ["reply-000004", "reply-000005"]
+    assert sorted(name[:12] for name in desk.files()) == ["floor", "reply-000004", "reply-000005"]
+
+
+def test_what_was_answered_and_forgotten_is_not_answered_anew(ram: Path, steps: list[int]) -> None:
+    """Exact scores of one model after another, under the same name, would tell of each patient."""
+    desk = Desk(ram, toy_plan(federation={"rounds": 5}))
+    for r in range(1, 5):
+        blob(desk.ask(desk.asked(round=r, settled=(r - 1, 0) if r > 1 else None)))
+    steps.clear()
+    desk.restart()
+    for stage in ("train", "trivial/constant", "evaluate/federated/val"):
+        for r in (1, 2):
+            asked = desk.asked(stage, round=r)
+            assert code(desk.ask(asked, kind="federated", split="val")) == "stale"
+    assert steps == []
+    blob(desk.ask(desk.asked(round=5, settled=(4, 0))))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "down", "wanted"),
+    [
+        ("train", {"round": 4}, {}, "stage"),
+        ("train", {"attempt": 3}, {}, "stage"),
+        ("trivial/constant/1", {}, {}, "stage"),
+        ("trivial/constant/00", {}, {}, "stage"),
+        ("evaluate/federated/val/again", {}, {"split": "val/again"}, "stage"),
+        ("evaluate/federated/train", {}, {"split": "train"}, "stage"),
+        ("evaluate/federated/val", {}, {"split": "train"}, "payload"),
+        ("evaluate/federated/val", {}, {"kind": "given"}, "payload"),
+        ("evaluate/federated/val", {}, {"kind": "trivial", "name": "constant"}, "payload"),
+        ("evaluate/given/val", {}, {"kind": "given"}, "stage"),
+        ("evaluate/personal/val", {}, {"kind": "personal"}, "stage"),
+        ("fingerprint", {}, {}, "stage"),
+        ("train", {}, {}, ""),
+        ("train", {"round": 3, "attempt": 2}, {}, ""),
+        ("trivial/constant/0", {}, {}, ""),
+        ("evaluate/federated/test", {}, {"split": "test"}, ""),
+    ],
+)
+def test_a_hospital_answers_what_the_plan_promised_and_nothing_beside(
+    stage: str, changes: dict[str, int], down: Tree, wanted: str, ram: Path
+) -> None:
+    desk = Desk(ram, toy_plan())
+    reply = desk.ask(desk.asked(stage, **changes), **{"kind": "federated", "split": "val", **down})
+    assert (reply.body.code if isinstance(reply.body, Failure) else "") == wanted
 
 
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
@@ -313,15 +357,15 @@ def test_statistics_leave_only_over_enough_patients(cell: int, ram: Path) -> Non
     outcomes = [reply.body.code if isinstance(reply.body, Failure) else "" for reply in (trivial, val)]
     assert outcomes == ["policy" if cell > n else "" for n in (3, 1)]
     unknown = desk.ask(desk.asked("evaluate/federated/other"), kind="federated", split="other")
-    assert code(unknown) == "data"
+    assert code(unknown) == "stage"
 
 
 def test_statistics_may_stay_home_altogether(ram: Path) -> None:
     desk = Desk(ram, toy_plan(), policy=Policy(statistics="none", minimum_cell=1))
     assert code(desk.ask(desk.asked("trivial/constant"))) == "policy"
-    for kind in ("federated", "trivial", "given"):
+    for kind, name in (("federated", "federated"), ("trivial", "constant")):
         down: Tree = {"kind": kind, "split": "val", "name": "constant", "known": {}}
-        assert code(desk.ask(desk.asked(f"evaluate/{kind}/val"), **down)) == "policy"
+        assert code(desk.ask(desk.asked(f"evaluate/{name}/val"), **down)) == "policy"
     blob(desk.ask())  # training is another matter
 
 
@@ -335,7 +379,7 @@ def test_stages_that_nobody_knows(ram: Path, steps: list[int]) -> None:
 
 
 def test_state_that_is_lost_or_unknown_to_the_coordinator(ram: Path, steps: list[int]) -> None:
-    desk = Desk(ram, toy_plan("scaffold"))
+    desk = Desk(ram, toy_plan("scaffold", federation={"rounds": 5}))
     assert code(desk.ask(desk.asked(round=5, settled=(4, 0)))) == "lost"
     for r in (1, 2, 3):
         blob(desk.ask(desk.asked(round=r, settled=(r - 1, 0) if r > 1 else None)))

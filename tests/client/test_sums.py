@@ -92,18 +92,18 @@ def test_a_mean_of_a_label_that_few_have_stays_home(known: int) -> None:
 def test_a_mask_that_one_patient_has_does_not_leave_as_a_mean(name: str) -> None:
     """Ten patients are enough for a mean; of these ten one alone is annotated."""
     cases = [case(k) if k == 3 else replace(case(k), masks={}) for k in range(10)]
-    with pytest.raises(Refused, match="policy: 1 patients, need 10"):
+    with pytest.raises(Refused, match="policy: 1 patients, minimum cell 10"):
         session(DEFAULT, cases, **MAPS).accumulate(name, {})
     session(DEFAULT, [case(k) for k in range(10)], **MAPS).accumulate(name, {})
 
 
 def test_the_mean_image_of_a_class_of_one_is_that_patient_and_stays_home() -> None:
     cases = [case(k, label=float(k == 0)) for k in range(12)]
-    with pytest.raises(Refused, match="policy: 1 patients, need 10"):
+    with pytest.raises(Refused, match="policy: 1 patients, minimum cell 10"):
         session(DEFAULT, cases, **IMAGES).accumulate("class_mean", {})
     # two images of one patient are one patient
     twice = [replace(case(k, label=float(k < 6)), patient=f"p{k % 3}") for k in range(12)]
-    with pytest.raises(Refused, match="policy: 3 patients, need 10"):
+    with pytest.raises(Refused, match="policy: 3 patients, minimum cell 10"):
         session(DEFAULT, twice, **IMAGES).accumulate("class_mean", {})
 
 
@@ -135,7 +135,7 @@ def test_products_of_features_leave_when_a_hospital_says_so_and_has_the_patients
     features = session(DEFAULT, [], **PLAIN).study.task.sums()[name].products
     with pytest.raises(Refused, match="products of features stay home"):
         told(DEFAULT, 4 * features)
-    with pytest.raises(Refused, match=f"need {2 * (features + 1)}"):
+    with pytest.raises(Refused, match=f"minimum cell {2 * (features + 1)}"):
         told(Policy(patients_per_feature=2), 2 * features + 1)
     told(Policy(patients_per_feature=2), 2 * (features + 1))
 
