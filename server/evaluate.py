@@ -17,13 +17,29 @@ from conf.files import no_space, write_atomic
 from conf.schema import Plan
 from strategies.exact import Collect, Collected
 from strategies.privacy.metrics import covers, told
+from tasks.base import build_task
 from tasks.metrics import Statistics
 
 Line = dict[str, Any]
 _HEAD = ("round", "split", "model", "site", "patients")
 
-LESS = {"loss", "error", "nll", "brier", "ece", "mae", "mse", "rmse", "hd95", "assd", "fid", "mmd"}
+LESS = {"loss", "error", "nll", "brier", "ece", "mae", "mse", "rmse", "hd95", "assd", "frechet", "fid", "mmd"}
 """Words in a metric's name that say that less of it is better."""
+
+
+def check_metric(plan: Plan) -> None:
+    """Refuse a metric that validation cannot have, before anything is written.
+
+    Raises:
+        Stop: (`CONFIG`) with those that it can.
+    """
+    name = plan.federation.metric.removeprefix("-")
+    if not plan.federation.by_validation:
+        return
+    known = build_task(plan).statistics().names()
+    if name not in known:
+        listed = ", ".join(sorted(n for n in known if not n.endswith(("_lo", "_hi", "_bound"))))
+        raise Stop(Exit.CONFIG, f"federation.metric is {plan.federation.metric!r}; validation has: {listed}")
 
 
 class Metrics:

@@ -168,7 +168,8 @@ class House:
         Raises:
             Stop: (`CONFIG`, `RUN_EXISTS`, `LINK`).
         """
-        from server.privacy import calibrated  # these bring torch
+        from server.evaluate import check_metric  # these bring torch
+        from server.privacy import calibrated
         from server.transfer import begin
 
         if other := sorted(set(settings.baselines) - {"trivial"}):
@@ -189,6 +190,7 @@ class House:
         data, runtime = Data(root="each site's own"), Runtime(name="flower")
         own: tuple[Baseline, ...] = ("trivial",) if "trivial" in settings.baselines else ()
         plan = calibrated(settings.plan)
+        check_metric(plan)
         federation = plan.federation.model_copy(update={"scores": "binned"})  # hospitals tell sums alone
         given = settings.model_copy(
             update={

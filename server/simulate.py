@@ -21,7 +21,7 @@ from conf.exits import HELP, Exit, Stop
 from conf.schema import Data, Plan, Privacy, Section, Settings
 from server.checkpoint import latest
 from server.cluster import cluster
-from server.evaluate import Line
+from server.evaluate import Line, check_metric
 from server.exchange.local import LocalExchange
 from server.exchange.pool import recycle
 from server.exchange.virtual import VirtualExchange
@@ -34,6 +34,7 @@ from server.transfer import begin, initial
 from strategies import QUESTIONS
 from strategies.base import Tensors
 from strategies.code import code_digest
+from tasks.base import Task
 from tasks.data.cache import Cache, Entry, default_cache
 from tasks.data.dealing import federate
 from tasks.data.ingest import ingest
@@ -63,6 +64,7 @@ def simulate(settings: Settings) -> Path:
     if path.exists():
         raise Stop(Exit.RUN_EXISTS, f"run.dir {path} exists; choose another, or: wardround resume {path}")
     Bench().study(settings.plan)  # every name and parameter, before anything is written
+    check_metric(settings.plan)
     if settings.plan.strategy.name in QUESTIONS:
         name = settings.plan.strategy.name
         raise Stop(Exit.CONFIG, f"strategy.name is {name!r}, which trains nothing; use: wardround {name}")
@@ -131,6 +133,7 @@ class Federation:
         """
         bench = Bench("cpu")
         study, _ = bench.study(plan)
+        self._columns(study.task)
         model = bench.model(study)
         for name in list(self.sites)[:3]:
             case = self.cache.load(self.sites[name]["train"][0])
@@ -145,6 +148,21 @@ class Federation:
                 why = str(error).splitlines()[0]
                 raise Stop(Exit.CONFIG, f"the plan does not fit the cases of site {name}: {why}") from None
         bench.vet(plan, Archive(next(iter(self.sites.values())), self.cache.load))
+
+    def _columns(self, task: Task) -> None:
+        """Refuse columns that no case of any site has: a slip of the pen would read as all missing."""
+        wanted = {setting: set(names) for setting, names in task.reads().items() if names}
+        if not wanted:
+            return
+        every = (e for parts in self.sites.values() for part in parts.values() for e in part)
+        have = frozenset().union(*(self.cache.columns(e) for e in every))
+        for setting, names in wanted.items():
+            if stray := sorted(names - have):
+                known = ", ".join(sorted(have)) or "none"
+                raise Stop(
+                    Exit.CONFIG,
+                    f"{setting} has {', '.join(stray)}; the cases have: {known} (data.columns.table)",
+                )
 
     def site(self, name: str, folder: Path, bench: Bench, code: str) -> Site:
         """The named site, its files below `folder`.

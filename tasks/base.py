@@ -7,7 +7,7 @@ RAS+ order, `B` examples. Spacing is in mm, in the order of the array's axes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -186,6 +186,10 @@ class Task(ABC):
     def sums(self) -> Mapping[str, Summed]:
         """All predictors of the shape *sums* that this task has, by name: the trivial ones and others."""
         return self.trivial()
+
+    def reads(self) -> Mapping[str, Collection[str]]:
+        """By setting, columns of a case's table or groups that it names: some case should have each."""
+        return {}
 
     def survey(self) -> Survey:
         """What a fingerprint counts: by default the image alone."""

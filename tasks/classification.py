@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -83,7 +83,12 @@ class Classification(ImageTask):
         if self.mixup and not self._target.shares:
             raise ValueError(f"task.mixup is {self.mixup:g}; it mixes classes, task.target is {self.target}")
         self._check_view()
-        self.rehearse("size", self._shapes(), (self._target.outputs,), "choose another size, model or view")
+        self.rehearse(
+            "size",
+            lambda model: model(*(torch.empty(1, *shape) for shape in self._shapes())),
+            (self._target.outputs,),
+            "choose another size, model or view",
+        )
         if self.dropout_samples:
             self._check_dropout()
 
@@ -197,13 +202,22 @@ class Classification(ImageTask):
         return torch.cat([extractor(image), self._table(case)])
 
     def _table(self, case: Case) -> Tensor:
-        """The declared columns: a scaled number (missing: 0) or its category, and whether it is missing."""
+        """The declared columns: a scaled number (missing: 0) or its category, and whether it is missing.
+
+        Raises:
+            ValueError: a category beyond those declared.
+        """
         parts = []
         for name, kind in (self.columns or {}).items():
             value = case.table.get(name)
             if isinstance(kind, int):
+                if value is not None and (value != int(value) or not 0 <= value < kind):
+                    raise ValueError(
+                        f"case {case.key} has {value:g} as {name!r}; task.columns.{name} is {kind}: 0 to "
+                        f"{kind - 1}"
+                    )
                 made = torch.zeros(kind + 1)
-                made[int(value) if value is not None and 0 <= value < kind else kind] = 1
+                made[kind if value is None else int(value)] = 1
             else:
                 scaled = 0.0 if value is None else (value - kind[0]) / kind[1]
                 made = torch.tensor([scaled, float(value is None)])
@@ -275,6 +289,10 @@ class Classification(ImageTask):
     def unscored(self) -> Statistics:
         """No patient."""
         return KINDS[self.target].zero(self._target.columns)
+
+    def reads(self) -> Mapping[str, Collection[str]]:
+        """Clinical columns and subgroups."""
+        return {**super().reads(), "task.columns": tuple(self.columns or ())}
 
     def trivial(self) -> Mapping[str, Summed]:
         """The mean, and least squares on plain features (of a table where the network reads one alone)."""

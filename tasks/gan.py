@@ -16,7 +16,7 @@ from tasks.adversarial import DRAWS, Disguise, Game, frozen
 from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.resample import resample
 from tasks.imaging import ImageTask, Label, Share, Sides
-from tasks.losses import LOSS_TABLE, LOSSES
+from tasks.losses import comparing
 from tasks.metrics import Statistics
 from tasks.models import MODELS, NETWORKS
 from tasks.predict import device_of
@@ -24,19 +24,6 @@ from tasks.seeds import generator
 from tasks.synthesis import ClassMean, SynthesisStatistics
 
 Count = Annotated[int, Field(ge=1, le=65_536)]
-
-
-def the_game(section: Section) -> Game:
-    """The game that a plan's loss names.
-
-    Raises:
-        Stop: (`CONFIG`) it names a loss of another kind.
-    """
-    made = LOSSES.build(section)
-    if not isinstance(made, Game):
-        known = ", ".join(name for name, entry in LOSS_TABLE.items() if entry.targets == "game")
-        raise Stop(Exit.CONFIG, f"loss.name is {section.name!r}; two networks play for one of {known}")
-    return made
 
 
 def sameness(made: Tensor, noise: Tensor) -> Tensor:
@@ -97,26 +84,20 @@ class Gan(ImageTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rotation", "noise", "gamma"):
-            if getattr(self, name):
-                raise ValueError(f"task.{name} is {getattr(self, name)}; a generator's images know none: 0")
+        self.unchanged(("rotation", "noise", "gamma"), "what a discriminator sees is not changed so")
         if self.normalise == "zscore":
             raise ValueError("task.normalise is 'zscore'; what is made lies between -1 and 1: use window")
-        made = (1, self.channels, *self.size)
-        noise, label = torch.zeros(1, self.latent), torch.zeros(1, dtype=torch.int64)
         play = self.game
-        with torch.device("meta"), torch.no_grad():
-            try:
-                model = self.build_model()
-                got = tuple(model.get_submodule("generator")(noise.to("meta"), label.to("meta")).shape)
-                play.fooled(self._critic(model, label.to("meta")), torch.empty(made))
-                reason = "" if got == made else f"the generator makes {got}, need {made}"
-            except (RuntimeError, ValueError) as error:
-                reason = str(error)
-        if reason:
-            raise Stop(
-                Exit.CONFIG, f"task.size is {list(self.size)}, which the networks cannot take: {reason}"
-            )
+
+        def run(model: nn.Module) -> Tensor:
+            label = torch.zeros(1, dtype=torch.int64)
+            made: Tensor = model.get_submodule("generator")(torch.zeros(1, self.latent), label)
+            play.fooled(self._critic(model, label), made)
+            return made
+
+        self.rehearse(
+            "size", run, (self.channels, *self.size), "choose another size, model or task.discriminator"
+        )
 
     @property
     def kinds(self) -> int:
@@ -126,7 +107,8 @@ class Gan(ImageTask):
     @property
     def game(self) -> Game:
         """What the two play for."""
-        return the_game(self.loss)
+        made: Game = comparing(self.loss, "game")
+        return made
 
     @property
     def disguise(self) -> Disguise:
@@ -139,14 +121,13 @@ class Gan(ImageTask):
         game, disguise = self.game, self.disguise
 
         def discriminate(model: nn.Module, batch: Batch | None) -> Tensor:
-            if batch is None:
-                raise ValueError("a discriminator needs a batch of patients; got none")
-            label = batch["label"]
+            here = self.patients(batch)
+            label = here["label"]
             with torch.no_grad():
-                fake = model.get_submodule("generator")(batch["noise"], label)
-            real = disguise(batch["image"], batch["change"])
-            fake = disguise(fake, batch["fake_change"])
-            return game.judge(self._critic(model, label), real, fake, batch["share"])
+                fake = model.get_submodule("generator")(here["noise"], label)
+            real = disguise(here["image"], here["change"])
+            fake = disguise(fake, here["fake_change"])
+            return game.judge(self._critic(model, label), real, fake, here["share"])
 
         def generate(model: nn.Module, _: Batch | None) -> Tensor:
             device = device_of(model)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from conf.exits import Exit, Stop
 from conf.schema import Section
@@ -105,12 +105,12 @@ class ImageTask(Task):
             raise Stop(Exit.CONFIG, f"{shown}; {why}: leave {'it' if len(given) == 1 else 'them'} at 0 or []")
 
     def rehearse(
-        self, setting: str, inputs: Sequence[tuple[int, ...]], wanted: tuple[int, ...], remedy: str
+        self, setting: str, run: Callable[[nn.Module], Tensor], wanted: tuple[int, ...], remedy: str
     ) -> None:
         """One example through the network without numbers: it must fit, and come out as `wanted`.
 
         Args:
-            inputs: shapes of what the network is given, without the batch's axis, as is `wanted`.
+            run: makes one example and takes it through. wanted: shape, without the batch's axis.
 
         Raises:
             Stop: (`CONFIG`) it does not; with `remedy`.
@@ -118,15 +118,15 @@ class ImageTask(Task):
         with torch.device("meta"), torch.no_grad():
             model = self.build_model().eval()
             try:
-                got = tuple(model(*(torch.empty(1, *shape) for shape in inputs)).shape[1:])
+                got = tuple(run(model).shape[1:])
                 reason = "" if got == wanted else f"it makes {got} of it, need {wanted}"
             except (RuntimeError, ValueError) as error:
                 reason = str(error)
         if reason:
             raise Stop(
                 Exit.CONFIG,
-                f"task.{setting} is {list(self.sides)}; model {self.model.name!r} cannot take it ({reason}); "
-                f"{remedy}",
+                f"task.{setting} is {list(self.sides)}; model {self.model.name!r} cannot take it "
+                f"({reason}); {remedy}",
             )
 
     @abstractmethod
@@ -148,6 +148,10 @@ class ImageTask(Task):
     def survey(self) -> Survey:
         """The image alone."""
         return Survey(self.image)
+
+    def reads(self) -> Mapping[str, Collection[str]]:
+        """Subgroups."""
+        return {"task.subgroups": tuple(self.subgroups or ())}
 
     @property
     def change(self) -> Augmentation:
@@ -174,14 +178,24 @@ class ImageTask(Task):
             ValueError: it has none, or one of other channels or axes.
         """
         if self.image not in case.images:
-            raise ValueError(f"case {case.key} has no image {self.image!r}; it has {sorted(case.images)}")
+            raise ValueError(
+                f"case {case.key} has no image {self.image!r}; it has {sorted(case.images)} (setting: "
+                "data.columns.image)"
+            )
         image = case.images[self.image].float()
         if self.channels == 1 and len(image) == 3 and (image[1:] == image[:1]).all():
             image = image[:1]  # grey, stored as RGB
         axes += len(self.sides)
-        wanted = f"{self.channels} channels and {axes} axes"
-        if image.ndim != 1 + axes or image.shape[0] != self.channels:
-            raise ValueError(f"case {case.key} has an image of shape {tuple(image.shape)}; need {wanted}")
+        if image.ndim != 1 + axes:
+            raise ValueError(
+                f"case {case.key} has an image of shape {tuple(image.shape)}; need channels and {axes} axes "
+                "(task.patch or task.size: a side for each)"
+            )
+        if image.shape[0] != self.channels:
+            raise ValueError(
+                f"case {case.key} has an image of {image.shape[0]} channels; need task.channels="
+                f"{self.channels} (pictures: data.columns.colour=gray or rgb)"
+            )
         return image
 
     def normalised(self, image: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Prior(Summed):
 class Ridge(Summed):
     """Least squares with a penalty on the weights, one exchange (Hoerl and Kennard, 1970).
 
-    A case in which a label is unknown is left out.
+    Each of several labels has its own products: those of the cases in which it is known.
 
     Attributes:
         features: a case's, `F` numbers. size: F.
@@ -58,26 +58,40 @@ class Ridge(Summed):
     def products(self) -> int:
         return self.size
 
+    @property
+    def _grams(self) -> int:
+        return 1 if self.target.single else self.target.fits
+
+    def cells(self, part: Sums) -> Tensor:
+        """Products for all values, or for each."""
+        return part["gram"].flatten(1).any(1).double()
+
     def zero(self) -> Sums:
         """Products of features (with a one behind them) with each other and with the values."""
-        n = self.size + 1
+        n, k = self.size + 1, self.target.fits
         return {
-            "gram": torch.zeros((n, n), dtype=torch.float64),
-            "moment": torch.zeros((n, self.target.fits), dtype=torch.float64),
+            "gram": torch.zeros((self._grams, n, n), dtype=torch.float64),
+            "moment": torch.zeros((n, k), dtype=torch.float64),
         }
 
     def accumulate(self, case: Case, known: Sums) -> Sums:
         """This case's products."""
         values = self.target.regressors(case)
-        if bool(values.isnan().any()):
-            return self.zero()
         x = _with_one(self.features(case))
-        return {"gram": torch.outer(x, x), "moment": torch.outer(x, values)}
+        there = (~values.isnan()).double()[: self._grams]
+        gram = there[:, None, None] * torch.outer(x, x)
+        return {"gram": gram, "moment": torch.outer(x, values.nan_to_num(0))}
 
     def solve(self, sums: Sums, known: Sums) -> Sums:
         """The weights, `F + 1` x `fits`; the last row, of the ones, is not penalised."""
-        gram = sums["gram"]
-        return {"weights": torch.linalg.solve(gram + _penalty(gram, self.penalty), sums["moment"])}
+        grams = sums["gram"]
+        # one for all columns, or one each
+        columns = [sums["moment"]] if len(grams) == 1 else torch.split(sums["moment"], 1, 1)
+        made = [
+            torch.linalg.solve(gram + _penalty(gram, self.penalty), own)
+            for gram, own in zip(grams, columns, strict=True)
+        ]
+        return {"weights": torch.cat(made, 1)}
 
     def predict(self, known: Sums, case: Case) -> Prediction:
         """The head's values."""

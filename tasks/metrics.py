@@ -91,6 +91,10 @@ class Statistics(ABC):
         """Without what a site may leave out by itself because fewer patients stand behind it."""
         return self
 
+    def names(self) -> frozenset[str]:
+        """What `value` may tell: of sums that are all there."""
+        return frozenset(self.from_vector(torch.full_like(self.alone().to_vector(), 2.0)).value())
+
     @abstractmethod
     def value(self) -> dict[str, float]:
         """Flat metrics (`dice_mean`, `dice_1`, …); `<metric>_lo` and `_hi` where there is an interval."""

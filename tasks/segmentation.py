@@ -78,7 +78,7 @@ class Segmentation(ImageTask):
         comparing(self.loss, "map")(some, torch.zeros(some[:, 0].shape, dtype=torch.int64))
         self.rehearse(
             "patch",
-            [(self.channels, *self.patch)],
+            lambda model: model(torch.empty(1, self.channels, *self.patch)),
             (len(self.classes), *self.patch),
             "its sides must be multiples of the network's total stride, and at least twice it",
         )
@@ -121,7 +121,9 @@ class Segmentation(ImageTask):
         """
         image = self._input(case)
         if self.mask not in case.masks:
-            raise ValueError(f"case {case.key} has no mask {self.mask!r}; training needs one")
+            raise ValueError(
+                f"case {case.key} has no mask {self.mask!r}; training needs one (setting: data.columns.label)"
+            )
         looked, truth = self._looked(case), case.masks[self.mask]
         if int(truth.max()) >= len(self.classes):
             raise ValueError(

@@ -55,7 +55,10 @@ class Target(ABC):
         """
         name = self.labels[0]
         if name not in case.labels:
-            raise ValueError(f"case {case.key} has no label {name!r}; it has {sorted(case.labels)}")
+            raise ValueError(
+                f"case {case.key} has no label {name!r}; it has {sorted(case.labels)} (settings: "
+                "data.columns.label, the column of `label`, data.columns.labels, others by their names)"
+            )
         value = case.labels[name]
         if value != int(value) or not 0 <= value < len(self.classes):
             raise ValueError(

@@ -15,14 +15,14 @@ from monai.networks.layers.simplelayers import GaussianFilter
 from pydantic import Field
 from torch import Tensor, nn
 
-from conf.exits import Exit, Stop
 from conf.schema import Section
-from tasks.adversarial import each, frozen
+from tasks.adversarial import Game, each, frozen
 from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.augment import start
 from tasks.fidelity import Affine, FidelityStatistics, Identity
-from tasks.gan import Players, the_game
+from tasks.gan import Players
 from tasks.imaging import ImageTask, Label, Sides
+from tasks.losses import comparing
 from tasks.metrics import Statistics
 from tasks.models import MODELS
 from tasks.predict import device_of
@@ -63,37 +63,37 @@ class Translation(ImageTask):
         super().__post_init__()
         if self.normalise == "zscore":
             raise ValueError("task.normalise is 'zscore', by which the values cannot be told: use window")
-        the_game(self.loss)
-        with torch.device("meta"), torch.no_grad():
+        self.unchanged(
+            ("rotation", "scaling", "noise", "contrast", "brightness", "gamma"),
+            "a pair's images are flipped alike and not changed else",
+        )
+        comparing(self.loss, "game")
+
+        def run(model: nn.Module) -> Tensor:
             image = torch.empty(1, self.channels, *self.patch)
-            reason = ""
-            try:
-                model = self.build_model()
-                for name, network in model.named_children():
-                    made = self._image(network, image) if name in _MAKERS else self._critic(network)(image)
-                    if name in _MAKERS and made.shape != image.shape:
-                        reason = f"it makes {tuple(made.shape)} of {tuple(image.shape)}"
-            except (RuntimeError, ValueError) as error:
-                reason = str(error)
-        if reason:
-            raise Stop(
-                Exit.CONFIG, f"task.patch is {list(self.patch)}, which the networks cannot take: {reason}"
-            )
+            for name, network in model.named_children():
+                if name not in _MAKERS:
+                    self._critic(network)(image)
+            return self._image(model.get_submodule("generator"), image)
+
+        self.rehearse(
+            "patch", run, (self.channels, *self.patch), "choose another patch, model or task.discriminator"
+        )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The discriminator's and the generator's; both read patients."""
-        game = the_game(self.loss)
+        game: Game = comparing(self.loss, "game")
 
         def judge(model: nn.Module, batch: Batch | None) -> Tensor:
-            here = _patients(batch)
+            here = self.patients(batch)
             with torch.no_grad():
                 fake = self._image(model.get_submodule("generator"), here["image"])
             critic = self._critic(model.get_submodule("discriminator"))
             return game.judge(critic, here["target"], fake, here["share"])
 
         def make(model: nn.Module, batch: Batch | None) -> Tensor:
-            here = _patients(batch)
+            here = self.patients(batch)
             fake = self._image(model.get_submodule("generator"), here["image"])
             critic = self._critic(model.get_submodule("discriminator"), fixed=True)
             return game.fooled(critic, fake) + self.distance * each((fake - here["target"]).abs())
@@ -130,19 +130,30 @@ class Translation(ImageTask):
         """`generator` and `discriminator`."""
         return Players(generator=self._generator(), discriminator=self._judge())
 
+    def given(self, case: Case) -> Tensor:
+        """What another image is made of: `C H W[D]` in raw units.
+
+        Raises:
+            ValueError: the case has none.
+        """
+        image = self.picture(case)
+        if not self.soften:
+            return image
+        # a kernel acts within slices: those of a volume are a batch
+        slices = image[None] if image.ndim == 3 else image.movedim(-1, 0)
+        soft = GaussianFilter(2, [self.soften / mm for mm in case.spacing[:2]])(slices)
+        made: Tensor = soft[0] if image.ndim == 3 else soft.movedim(0, -1).contiguous()
+        return made
+
     def pair(self, case: Case) -> tuple[Tensor, Tensor]:
         """What is given and what is wanted: `C H W[D]` in raw units.
 
         Raises:
             ValueError: the case lacks one, or they differ in shape.
         """
+        given = self.given(case)
         if self.soften:
-            wanted = self.picture(case)
-            # a kernel acts within slices: those of a volume are a batch
-            slices = wanted[None] if wanted.ndim == 3 else wanted.movedim(-1, 0)
-            soft = GaussianFilter(2, [self.soften / mm for mm in case.spacing[:2]])(slices)
-            return soft[0] if wanted.ndim == 3 else soft.movedim(0, -1).contiguous(), wanted
-        given = self.picture(case)
+            return given, self.picture(case)
         if self.target not in case.images:
             raise ValueError(f"case {case.key} has no image {self.target!r}; it has {sorted(case.images)}")
         wanted = case.images[self.target].float()
@@ -179,10 +190,8 @@ class Translation(ImageTask):
 
     def predict(self, model: nn.Module, case: Case) -> Prediction:
         """The target as the network makes it, in raw units."""
-        given, _ = self.pair(case)
-        return Prediction(
-            images={self.target: self.raw(self._whole(model.get_submodule("generator"), given))}
-        )
+        made = self._whole(model.get_submodule("generator"), self.given(case))
+        return Prediction(images={self.target: self.raw(made)})
 
     def _whole(self, network: nn.Module, given: Tensor) -> Tensor:
         made = sliding_window_inference(
@@ -239,6 +248,15 @@ class Unpaired(Translation):
 
     distance: Weight = 10.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        game: Game = comparing(self.loss, "game")
+        if game.penalty or game.r1:
+            raise ValueError(
+                f"loss.penalty is {game.penalty:g} and loss.r1 {game.r1:g}; slopes are not looked at where "
+                "images are unpaired: 0 (not of wasserstein, which needs them)"
+            )
+
     def build_model(self) -> nn.Module:
         """`generator` (to the target) and `generator_back`, a discriminator of what each makes."""
         return Players(
@@ -251,10 +269,10 @@ class Unpaired(Translation):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Both discriminators', both generators'; all read patients."""
-        game = the_game(self.loss)
+        game: Game = comparing(self.loss, "game")
 
         def judge(model: nn.Module, batch: Batch | None) -> Tensor:
-            here, loss = _patients(batch), torch.zeros(())
+            here, loss = self.patients(batch), torch.zeros(())
             for there, back in _WAYS:
                 real, fake_of = here[f"of_{back}"], here[f"of_{there}"]
                 with torch.no_grad():
@@ -268,7 +286,7 @@ class Unpaired(Translation):
             return loss
 
         def make(model: nn.Module, batch: Batch | None) -> Tensor:
-            here, loss = _patients(batch), torch.zeros(())
+            here, loss = self.patients(batch), torch.zeros(())
             for there, back in _WAYS:
                 way, home = model.get_submodule(there), model.get_submodule(back)
                 critic = self._critic(model.get_submodule(_JUDGES[there]), fixed=True)
@@ -303,12 +321,6 @@ class Unpaired(Translation):
 _MAKERS = ("generator", "generator_back")
 _JUDGES = {"generator": "discriminator", "generator_back": "discriminator_back"}
 _WAYS = (_MAKERS, _MAKERS[::-1])
-
-
-def _patients(batch: Batch | None) -> Batch:
-    if batch is None:
-        raise ValueError("a translation needs a batch of patients; got none")
-    return batch
 
 
 def _window(image: Tensor, first: Sequence[int], patch: Sequence[int]) -> Tensor:

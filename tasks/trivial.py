@@ -52,6 +52,7 @@ class Constant(Summed):
 class Atlas(Summed):
     """The mean training mask: one-hot masks stretched onto a common grid, averaged, stretched back.
 
+    A class is averaged over the cases in which somebody looked for it; what is left is background.
     Positions correspond in proportion to the image's sides, so nothing is registered.
 
     Attributes:
@@ -65,27 +66,31 @@ class Atlas(Summed):
     side: int
 
     def zero(self) -> Sums:
-        """One-hot masks on the common grid, and how many: `{"mask": K x side x …, "cases": ()}`."""
+        """One-hot masks on the common grid, and how many: `{"mask": K x side x …, "cases": K}`."""
         shape = (self.classes, *(self.side,) * self.dimensions)
         return {
             "mask": torch.zeros(shape, dtype=torch.float64),
-            "cases": torch.zeros((), dtype=torch.float64),
+            "cases": torch.zeros(self.classes, dtype=torch.float64),
         }
 
     def accumulate(self, case: Case, known: Sums) -> Sums:
         """The case's mask on the common grid."""
         if self.mask not in case.masks:
             return self.zero()
-        total = self.zero()["mask"]
-        shape = total.shape[1:]
+        total = self.zero()
+        shape = total["mask"].shape[1:]
         for k in range(self.classes):
-            total[k] = resample((case.masks[self.mask] == k).float()[None], shape)[0].double()
-        return {"mask": total, "cases": torch.ones((), dtype=torch.float64)}
+            if not k or case.annotates is None or k in case.annotates:
+                total["mask"][k] = resample((case.masks[self.mask] == k).float()[None], shape)[0].double()
+                total["cases"][k] = 1
+        return total
 
     def predict(self, known: Sums, case: Case) -> Prediction:
         """The likeliest class at each position."""
         shape = next(iter(case.images.values())).shape[1:]
-        mean = (known["mask"] / known["cases"].clamp_min(1)).float()
+        count = known["cases"].clamp_min(1).view(-1, *[1] * self.dimensions)
+        mean = (known["mask"] / count).float()
+        mean[0] = 1 - mean[1:].sum(0)
         return Prediction(masks={self.mask: hardest(mean, shape)})
 
 

@@ -14,7 +14,7 @@ from conf.exits import Exit, Stop
 
 Record = Mapping[str, Any]
 #: what a table shows where nobody chose: the first of these that the run has
-METRICS = ("dice_mean", "auroc", "accuracy", "psnr", "mae", "tstr", "loss")
+METRICS = ("dice_mean", "auroc", "accuracy", "psnr", "mae", "tstr", "frechet", "loss")
 #: order of rows; what a site trained stands in between, by name
 MODELS = ("federated", "personal", "pooled", "local", "linear", "atlas", "identity", "constant")
 ABSENT = "–"

@@ -157,7 +157,15 @@ class Cache:
         )
 
     def labels(self, entry: Entry) -> Mapping[str, float]:
-        """The classes and values of a case by name; its arrays are not read.
+        """The classes and values of a case by name; its arrays are not read."""
+        return self._values(entry, "labels")
+
+    def columns(self, entry: Entry) -> frozenset[str]:
+        """Names of the clinical columns and of the groups that a case has; its arrays are not read."""
+        return frozenset(self._values(entry, "table")) | frozenset(entry.groups)
+
+    def _values(self, entry: Entry, name: str) -> dict[str, float]:
+        """One of the mappings that stand beside a case's arrays.
 
         Raises:
             Stop: (`CACHE_DAMAGED`) the object is missing or cut off.
@@ -165,7 +173,7 @@ class Cache:
         try:
             with self.path(entry.digest).open("rb") as file:
                 head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            found: dict[str, float] = json.loads(head["__metadata__"]["case"])["labels"]
+            found: dict[str, float] = json.loads(head["__metadata__"]["case"])[name]
         except (OSError, OverflowError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(entry, str(error)) from None
         return found

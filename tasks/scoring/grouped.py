@@ -88,6 +88,11 @@ class Grouped(Statistics):
                 parts[own], left_out[i] = 0, self.patients
         return replace(self, parts=parts, left_out=left_out)
 
+    def names(self) -> frozenset[str]:
+        """The whole's, and each group's."""
+        own = self.kind.names()
+        return own | {f"{group}_{name}" for group in self.groups for name in (*own, "patients")}
+
     def value(self) -> dict[str, float]:
         """The whole's; each group's as `<column>_<value>_<metric>`, and how many `…_patients`;
         `<column>_left_out`: patients of sites where a group was too small to tell.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -53,6 +53,12 @@ class ValueStatistics(VectorStatistics):
     def cells(self) -> Tensor:
         """Patients, and patients in whom each number is known."""
         return torch.cat([self.count[None], self.having])
+
+    def names(self) -> frozenset[str]:
+        """What `value` may tell."""
+        # four patients whose numbers are not all equal
+        moments = torch.tensor([4.0, 4, 4, 8, 8, 6, 1, 1, 1], dtype=torch.float64)
+        return frozenset(replace(self, moments=moments.expand_as(self.moments)).value())
 
     def value(self) -> dict[str, float]:
         """`mae`, `rmse`, `r2`, `correlation` (Pearson's, interval by Fisher's z); with more than one target

@@ -14,7 +14,7 @@ from torch import Tensor
 from conf.exits import Exit, Stop
 from conf.schema import Plan
 from server.checkpoint import RESULT, load, result
-from server.evaluate import Metrics
+from server.evaluate import Metrics, check_metric
 from strategies import build_strategy
 from strategies.base import Study
 from strategies.protocol import pack
@@ -172,6 +172,14 @@ def test_under_noise_an_evaluation_without_the_metric_is_no_gain(tmp_path: Path)
     assert Metrics(tmp_path / "m.jsonl", made).best("loss") == (4, 1)
     assert not made.chooses_beside_privacy
     assert toy_plan(local=local, privacy=privacy, federation=federation).chooses_beside_privacy
+
+
+def test_a_metric_that_cannot_be_is_refused_before_anything_is_written() -> None:
+    check_metric(plan(choose="best", metric="-loss"))
+    check_metric(plan(choose="last", metric="dice"))
+    with pytest.raises(Stop, match=r"federation\.metric is '-dice'; validation has: loss") as stop:
+        check_metric(plan(choose="best", metric="-dice"))
+    assert stop.value.exit == Exit.CONFIG
 
 
 def test_a_metric_that_validation_does_not_have_is_refused_with_those_it_has(ram: Path) -> None:

@@ -131,6 +131,13 @@ def test_a_table_alone_needs_no_image() -> None:
     assert set(task.trivial()) == {"constant", "linear"}
 
 
+def test_a_category_that_was_not_declared_is_named() -> None:
+    task = built({"name": "linear"}, features={"name": "none"}, columns={"sex": 2})
+    with pytest.raises(ValueError, match=r"has 2 as 'sex'; task\.columns\.sex is 2: 0 to 1"):
+        task.prepare(replace(case(), table={"sex": 2.0}))
+    assert task.reads() == {"task.columns": ("sex",), "task.subgroups": ()}
+
+
 def test_without_chance_a_batch_is_the_prepared_image() -> None:
     task = built()
     ready = task.prepare(case())

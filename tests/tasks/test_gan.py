@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -235,8 +236,8 @@ def test_a_prediction_repeats_and_takes_only_the_class() -> None:
     [
         ({"model": "unet"}, "'unet' is no generator; those are dcgan"),
         ({"discriminator": "dcgan"}, "'dcgan' is no discriminator; those are dcgan_discriminator"),
-        ({"loss": "dice"}, "loss.name is 'dice'; two networks play for one of hinge"),
-        ({"size": [9, 8]}, r"task.size is \[9, 8\], which the networks cannot take: .* multiples of 4"),
+        ({"loss": "dice"}, "loss is 'dice', which does not compare game; use one of: hinge"),
+        ({"size": [9, 8]}, r"sides are \[9, 8\]; with model.levels=2 they must be multiples of 4"),
         ({"gamma": 0.5}, r"task.gamma is 0.5"),
         ({"normalise": "zscore"}, "task.normalise is 'zscore'"),
     ],
@@ -249,6 +250,19 @@ def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None
 def test_a_case_without_its_class_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has 2.0 label 'label'; task.classes has 0 to 1"):
         gan().prepare(case(0, label=2.0))
+
+
+def test_subgroups_are_scored_apart() -> None:
+    task = gan(subgroups={"sex": ["F", "M"]}, size=[12, 12])
+    cases = [replace(case(k), groups={"sex": "FM"[k % 2]}) for k in range(4)]
+    with torch.no_grad():
+        given = [task.predict(players(task), c) for c in cases]
+    total = task.statistics()
+    for one, made in zip(cases, given, strict=True):
+        total = total + task.score([one], [made])
+    told = total.value()
+    assert (told["sex_F_patients"], told["sex_M_patients"]) == (2.0, 2.0)
+    assert {"frechet", "sex_F_frechet"} <= set(told) <= task.statistics().names()
 
 
 def test_without_classes_the_label_is_not_looked_at() -> None:

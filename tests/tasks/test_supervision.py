@@ -14,6 +14,7 @@ from tasks.base import Case, Prediction
 from tasks.losses import LOSS_TABLE, LOSSES
 from tasks.segmentation import Segmentation
 from tasks.supervision import deep, marginal
+from tasks.trivial import Atlas
 
 MAPS = [name for name, entry in LOSS_TABLE.items() if entry.targets == "map"]
 
@@ -157,3 +158,14 @@ def test_classes_nobody_looked_for_are_not_scored() -> None:
     scored = made.score([part], [Prediction(masks=whole.masks)]).value()
     assert perfect["dice_2"] == scored["dice_1"] == scored["dice_mean"] == 1
     assert "dice_2" not in scored
+
+
+def test_an_atlas_averages_a_class_over_those_who_looked_for_it() -> None:
+    """A site that looked for one class does not outvote, with its background, one that looked for both."""
+    whole = case()
+    part = replace(whole, annotates=(1,), masks={"mask": torch.where(whole.masks["mask"] == 1, 1, 0).byte()})
+    atlas = Atlas("mask", 3, 2, 16)
+    both = [atlas.accumulate(c, {}) for c in (whole, part, part)]
+    known = {name: torch.stack([sums[name] for sums in both]).sum(0) for name in both[0]}
+    assert known["cases"].tolist() == [3, 3, 1]
+    assert torch.equal(atlas.predict(known, part).masks["mask"], whole.masks["mask"])

@@ -18,12 +18,12 @@ from tasks.translation import Translation, Unpaired
 KINDS = ["pix2pix", "cyclegan"]
 
 
-def task(name: str, dimensions: int = 2, **given: Any) -> Translation:
+def task(name: str, dimensions: int = 2, loss: str = "least_squares", **given: Any) -> Translation:
     values = {"window": [0.0, 100.0], "patch": [8] * dimensions, "distance": 10.0, **given}
     made = TASKS.build(
         Section(name=name, discriminator={"name": "patch_gan", "width": 4, "levels": 1}, **values),
         model=Section(name=given.pop("network", "unet"), channels=[4, 8], residual_units=1),
-        loss=Section(name="least_squares"),
+        loss=Section(name=loss),
     )
     assert isinstance(made, Translation)
     return made
@@ -160,8 +160,9 @@ def test_an_image_smaller_than_a_patch_is_padded_by_its_border(name: str) -> Non
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"patch": [9, 9]}, r"task.patch is \[9, 9\], which the networks cannot take"),
+        ({"patch": [9, 9]}, r"task.patch is \[9, 9\]; model .* cannot take it"),
         ({"normalise": "zscore"}, "task.normalise is 'zscore'"),
+        ({"rotation": 9.0}, "task.rotation is 9.0; a pair's images are flipped alike"),
     ],
 )
 def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
@@ -170,7 +171,15 @@ def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None
     assert issubclass(Unpaired, Translation)
 
 
-def test_a_case_without_a_target_is_refused() -> None:
+def test_unpaired_images_have_no_slopes() -> None:
+    with pytest.raises(Stop, match=r"loss.penalty is 10 and loss.r1 0; slopes are not looked at"):
+        task("cyclegan", loss="wasserstein")
+
+
+def test_a_case_without_a_target_is_translated_and_not_trained_on() -> None:
     alone = replace(case(0), images={"image": case(0).images["image"]})
     with pytest.raises(ValueError, match="has no image 'target'"):
         task("pix2pix").prepare(alone)
+    made = task("pix2pix")
+    with torch.no_grad():
+        assert made.predict(players(made), alone).images["target"].shape == case(0).images["target"].shape

@@ -194,6 +194,13 @@ def test_the_monoid_laws_hold(kind: str, k: int) -> None:
     assert zero.patients == 0
 
 
+@pytest.mark.parametrize(("kind", "k"), CASES)
+def test_every_metric_is_known_before_there_is_a_patient(kind: str, k: int) -> None:
+    truth, given_ = draw(kind, k, 0)
+    told = sites(kind, truth, given_, 0).value()
+    assert set(told) <= KINDS[kind].zero(given_.shape[1]).names()
+
+
 def test_a_patients_cases_with_one_truth_are_one_row() -> None:
     kind = KINDS["classes"]
     p = torch.tensor([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1]])
