@@ -147,8 +147,11 @@ class Site:
             raise Refused("code", instruction.code[:16])
         if not _RUN.fullmatch(instruction.run):
             raise Refused("payload", f"run {instruction.run[:64]!r}")
+        # it may be another when the instruction comes again, and is no part of what was asked
+        anchor = instruction.own.get("anchor")
+        instruction = replace(instruction, own={k: v for k, v in instruction.own.items() if k != "anchor"})
         if instruction.stage == "plan":
-            return self._accept(instruction, common)
+            return self._accept(instruction, common, anchor)
         plan = self.plans[instruction.plan]
         self.policy.check(plan)
         study, strategy = self.bench.study(plan, self.plans.initial)
@@ -163,6 +166,7 @@ class Site:
         archive = self.archive.of(instruction.run)
         policy, charges = self.policy.within(plan) if self.durable else self.policy, None
         if plan.privacy.mode == "dpsgd" and self.ledger is not None:
+            self._hold(anchor)
             left = plan.federation.rounds - instruction.round + 1
             charges = Charges(self.ledger, instruction.run, left)
         session = Session(
@@ -180,7 +184,7 @@ class Site:
             charges.settle()
         return reply
 
-    def _accept(self, instruction: Instruction, common: Tree) -> Reply:
+    def _accept(self, instruction: Instruction, common: Tree, anchor: object) -> Reply:
         """The stage `plan`: read it, hold it against the site's rules, remember it."""
         text = common.get("plan")
         if not isinstance(text, str) or hashlib.sha256(text.encode()).hexdigest() != instruction.plan:
@@ -197,7 +201,7 @@ class Site:
             if self.ledger is None:
                 raise Refused("policy", "no privacy ledger")
             self.bench.vet(plan, self.archive.of(instruction.run))
-            self._hold(instruction.own.get("anchor"))
+            self._hold(anchor)
         self.plans.accept(plan, study.initial)
         return Reply(self.name, Update({}), self._head(plan))
 

@@ -222,12 +222,11 @@ class Session:
             The model's own tensors, not copies: the next `fit` or `score` here overwrites them.
 
         Raises:
-            Refused: (`data`) the site has no training patient.
+            Refused: (`data`) the site has no training patient; a private run does not tell.
         """
-        patients = self._archive.patients("train")
-        if not patients:
+        patients, plan = self._archive.patients("train"), self.study.plan
+        if not patients and plan.privacy.mode != "dpsgd":
             raise Refused("data", "no training patient")
-        plan = self.study.plan
         model = held(self._load(weights).train(), self.study.frozen)
         steppers = [self._stepper(phase, model, correct) for phase in self.study.task.phases]
         draw = generator(plan.seed, self.site, self.round, "train", purpose)

@@ -1,7 +1,8 @@
 """The last head of each site's ledger, as the site told it: what finds a ledger that was rolled back.
 
 A hospital's own files cannot show that they were all put back together. The coordinator sends a site its last
-head with every plan, and a site whose ledger never had that head trains nothing private until it is restored.
+head with every plan and every ask that waits for all; a site whose ledger never had that head trains nothing
+private until it is restored.
 """
 
 from __future__ import annotations

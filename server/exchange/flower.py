@@ -166,7 +166,8 @@ class FlowerExchange:
             if not common.exists():
                 self._blobs.mkdir(parents=True, exist_ok=True)
                 write_atomic(common, blob)
-        anchored = self.anchors.own if order.ask.stage == "plan" else lambda _: {}
+        # an asynchronous job stands in checkpoints, which hold nothing of another run
+        anchored = self.anchors.own if order.ask.need is None else lambda _: {}
         return {
             site: _Job.of(replace(bare, common=name, own=bare.own | anchored(site)), common)
             for site, bare in order.instructions.items()

@@ -17,7 +17,7 @@ from server.rounds import Run
 from strategies import build_strategy
 from strategies.base import Study
 from strategies.code import code_digest
-from strategies.protocol import Refused, Reply, Update
+from strategies.protocol import Failure, Instruction, Refused, Reply, Tree, Update, pack
 from tests.client.test_private import private
 from tests.server.exchange.test_flower import SITES, Wire
 from tests.toys import Toys, toy_cases
@@ -51,6 +51,54 @@ def test_a_ledger_rolled_back_with_its_head_trains_again_only_when_restored(ram:
     restore(here / "ledger.jsonl", ram / "backup", bytes.fromhex(known["site_1"]), [], "patients")
     train(ram, "four")
     assert [line.run for line in Ledger(here / "ledger.jsonl", None).lines()[0]] == ["one", "two", "four"]
+
+
+def test_a_ledger_put_back_between_two_rounds_is_found_out(ram: Path) -> None:
+    """As when a machine goes back to yesterday's image, in the middle of a run."""
+    train(ram, "one")
+    here, plan = ram / "sites" / "site_1", private(federation={"rounds": 2, "min_replies": 3})
+    shutil.copytree(here, ram / "old")
+
+    def wire() -> Wire:
+        return Wire(Toys(ram, plan, toy_cases(), durable=True))
+
+    anchors = Anchors(ram / "anchors.json")
+    exchange = FlowerExchange(wire(), blobs=ram / "blobs", wait_s=0.05, anchors=anchors)
+
+    def watch(event: str, r: int) -> None:
+        if (event, r) == ("checkpoint", 1):
+            for name in ("ledger.jsonl", "ledger.head"):
+                shutil.copy(ram / "old" / name, here / name)
+            exchange.courier = wire()
+
+    run = Run(
+        Study.of(plan), build_strategy(plan), SITES, exchange, ram / "two", "two", code_digest(), watch=watch
+    )
+    with pytest.raises(Stop, match="2 valid replies, need 3: ledger: site_1"):
+        run.train(evaluate=False)
+    known = json.loads((ram / "anchors.json").read_text())
+    # the coordinator still has the head that the ledger lost, to restore it by
+    with pytest.raises(Stop, match="never ended with the anchor"):
+        Ledger(here / "ledger.jsonl", None).check(bytes.fromhex(known["site_1"]))
+
+
+def test_an_instruction_that_comes_again_with_a_newer_head_gets_the_same_bytes(ram: Path) -> None:
+    plan = private(federation={"rounds": 1})
+    site = Toys(ram, plan, toy_cases(), durable=True).site("site_0")
+    down = {"model": Study.of(plan).initial}
+
+    def asked(stage: str, common: Tree, anchor: str = "") -> Reply:
+        own = {"anchor": anchor} if anchor else {}
+        text = Instruction("run", 1, 0, stage, "site_0", None, plan.digest, code_digest(), "", own)
+        return site.handle(text, common)
+
+    first = asked("plan", {"plan": plan.canonical()})
+    replies = [asked("train", down, head) for head in ("", first.head, asked("train", down).head, "ff" * 32)]
+    assert isinstance(replies[0].body, Update)
+    assert len({pack(reply.to_tree()) for reply in replies}) == 1
+    again = asked("train/2", down, "ff" * 32)
+    assert isinstance(again.body, Failure)
+    assert again.body.code == "ledger"
 
 
 def test_a_reply_tells_32_bytes_and_no_word() -> None:
