@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,23 +16,68 @@ from torch import Tensor
 
 from conf.exits import Exit, Stop
 from conf.files import write_atomic
-from server.checkpoint import latest
+from server.checkpoint import result
 from server.runfolder import RunFolder
 from server.simulate import Federation
+from strategies import build_strategy
+from strategies.base import Study
 from tasks.base import Sums, build_task
 from tasks.gan import Gan
-from tasks.judging import STEPS, Pictures, judged
+from tasks.judging import STEPS, Pictures, classifier, judged
 from tasks.seeds import generator
 from tasks.synthesis import ClassMean
 
+#: of classes (`B`) images `B C *size` in -1 to 1
+Maker = Callable[[Tensor, torch.Generator], Tensor]
 Judged = dict[str, dict[str, float]]
 #: what is shown of each maker
 COLUMNS = ("tstr", "trtr", "alike", "alike_real", "fid", "mmd", "copied", "remembers")
 _WIDE, _ROWS = 12, 3
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run's generator beside the images it is judged by.
+
+    Attributes:
+        training, held_out: of all sites; `held_out` are test patients, or validation where there are none.
+        makers: by name, what makes images of classes (`B`).
+    """
+
+    task: Gan
+    seed: int
+    training: Pictures
+    held_out: Pictures
+    makers: Mapping[str, Maker]
+
+    @classmethod
+    def of(cls, run: Path) -> Self:
+        """The run's result, or the newest checkpoint of one that has not ended.
+
+        Raises:
+            Stop: it is no run of a generator, or its data cannot be read.
+        """
+        folder = RunFolder.open(run)
+        plan = folder.settings.plan
+        task = build_task(plan)
+        if not isinstance(task, Gan):
+            raise Stop(
+                Exit.CONFIG, f"{run} trained {plan.task.name!r}, which makes no images; use: wardround report"
+            )
+        model = task.build_model()
+        torch.set_num_threads(plan.local.threads)
+        model.load_state_dict(result(run), strict=False)  # integer buffers never travel
+        study = Study.of(plan)
+        still = study.initial.keys() - {*build_strategy(plan).shared(study), *study.frozen}
+        # a discriminator may stay at its site
+        if any(name.startswith("generator.") for name in still):
+            raise Stop(Exit.CONFIG, f"{run}: strategy {plan.strategy.name} left the generator at each site")
+        training, held_out, sums = gathered(Federation.of(folder.settings.data, plan), task)
+        return cls(task, plan.seed, training, held_out, makers(task, model.eval(), training, sums))
+
+
 def evaluate(run: Path, images: int = 1000, steps: int = STEPS) -> Judged:
-    """Judge the newest checkpoint's generator; writes `synthetic.json` and `samples.png` into the run.
+    """Judge a run's generator; writes `synthetic.json` and `samples.png` into the run.
 
     Args:
         images: how many are made, in equal parts of each class. steps: of each classifier.
@@ -38,29 +85,16 @@ def evaluate(run: Path, images: int = 1000, steps: int = STEPS) -> Judged:
     Raises:
         Stop: it is no run of a generator, or its data cannot be read.
     """
-    folder = RunFolder.open(run)
-    plan = folder.settings.plan
-    task = build_task(plan)
-    if not isinstance(task, Gan):
-        raise Stop(
-            Exit.CONFIG, f"{run} trained {plan.task.name!r}, which makes no images; use: wardround report"
-        )
-    progress, _ = latest(run / "checkpoints")
-    if progress is None:
-        raise Stop(Exit.NO_RUN, f"{run} has no checkpoint yet; continue it with wardround resume")
-    model = task.build_model()
-    model.load_state_dict(dict(progress.model), strict=False)
-    model.eval()
-    torch.set_num_threads(plan.local.threads)
-    training, held_out, sums = gathered(Federation.of(folder.settings.data, plan), task)
+    one = Trained.of(run)
+    task, training, held_out = one.task, one.training, one.held_out
     label = torch.arange(images) % max(task.kinds, 1)
-    made = makers(task, model, training, sums)
+    real = classifier(training, max(training.kinds) + 1, one.seed, steps=steps)
     found: Judged = {}
     with torch.no_grad():
-        for name, maker in made.items():
-            draw = generator(plan.seed, "", progress.round, "evaluate", name)
+        for name, maker in one.makers.items():
+            draw = generator(one.seed, "", 0, "evaluate", name)
             pictures = Pictures(maker(label, draw), label)
-            found[name] = judged(pictures, training, held_out, plan.seed, steps=steps)
+            found[name] = judged(pictures, training, held_out, real, one.seed, steps=steps)
             if name == "federated":
                 write_atomic(run / "samples.png", picture(pictures, training))
     write_atomic(run / "synthetic.json", json.dumps(found, indent=1, sort_keys=True).encode())
@@ -89,9 +123,6 @@ def gathered(federation: Federation, task: Gan) -> tuple[Pictures, Pictures, Sum
 def _pictures(found: list[tuple[Tensor, int]]) -> Pictures:
     images, labels = zip(*found, strict=True)
     return Pictures(torch.stack(images), torch.tensor(labels))
-
-
-Maker = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def makers(task: Gan, model: torch.nn.Module, training: Pictures, sums: Sums) -> Mapping[str, Maker]:

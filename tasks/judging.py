@@ -152,21 +152,22 @@ def remembers(share: float) -> bool:
 
 
 def judged(
-    made: Pictures, training: Pictures, held_out: Pictures, seed: int, *, steps: int = STEPS
+    made: Pictures, training: Pictures, held_out: Pictures, real: Trunk, seed: int, *, steps: int = STEPS
 ) -> dict[str, float]:
     """All figures of a set of made images.
 
     `tstr`: trained on made images, tested on held-out ones, AUROC; `trtr`: trained on the training images.
     `alike`, `alike_real`: `likeness`. `fid`, `mmd`: of the features of the classifier of the training images,
     made against held-out; `copied`: in pixels; `remembers`: 0 or 1.
+
+    Args:
+        real: `classifier` of the training images.
     """
-    classes = max(training.kinds) + 1
     draw = torch.Generator().manual_seed(seed)
-    real = classifier(training, classes, seed, steps=steps)
     ours, theirs = features(real, made.images), features(real, held_out.images)
     share = copied(*(p.images.flatten(1) for p in (made, training, held_out)))
     return {
-        "tstr": auroc(classifier(made, classes, seed, steps=steps), held_out),
+        "tstr": auroc(classifier(made, max(training.kinds) + 1, seed, steps=steps), held_out),
         "trtr": auroc(real, held_out),
         "alike": likeness(made, draw),
         "alike_real": likeness(training, draw),

@@ -56,6 +56,7 @@ NETWORKS: Mapping[str, Network] = {
     "fcn": Network("tasks.networks.plain:fcn", "map"),
     "hed": Network("tasks.networks.plain:hed", "map"),
     "deep_medic": Network("tasks.networks.plain:deep_medic", "map"),
+    "srcnn": Network("tasks.networks.plain:srcnn", "map"),
     "unetr": Network("tasks.networks.unetr:unetr", "map"),
     "swin_unetr": Network("tasks.networks.swin:swin_unetr", "map"),
     "scale_space": Network("tasks.networks.scale_space:scale_space", "map"),

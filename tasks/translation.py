@@ -41,8 +41,7 @@ class Translation(ImageTask):
         soften: mm; above 0 there is no second image: the case's own is the target, and what it is made from
             is that image under a Gaussian kernel of this deviation (a soft CT kernel; the mapping is known).
         discriminator: its network, by name.
-        distance: weight of the mean absolute difference (for unpaired images of the cycle's, and half of it
-            of an image that needs no change).
+        distance: weight of the mean absolute difference (for unpaired images of the cycle's).
         residual: whether the network makes what is added to its input.
     """
 
@@ -244,9 +243,14 @@ class Unpaired(Translation):
     """Unpaired (CycleGAN: Zhu et al., 2017, arXiv:1703.10593): two ways there and back, two discriminators.
 
     No patient's both images are trained on: a digest of the patient's key says which one is.
+
+    Attributes:
+        same: for `distance`, how much an image counts that has what the network is to give and should come
+            out as it is (section 5.2). Not for filters: one that sharpens sharpens sharp images too.
     """
 
     distance: Weight = 10.0
+    same: Annotated[float, Field(ge=0, le=10)] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,8 +297,10 @@ class Unpaired(Translation):
                 image = here[there]
                 fake = self._image(way, image)
                 cycle = each((self._image(home, fake) - image).abs())
-                same = each((self._image(home, image) - image).abs())
-                lost = game.fooled(critic, fake) + self.distance * (cycle + same / 2)
+                lost = game.fooled(critic, fake) + self.distance * cycle
+                if self.same:
+                    kept = each((self._image(home, image) - image).abs())
+                    lost = lost + self.distance * self.same * kept
                 loss = loss + here[f"of_{there}"] * lost
             return loss
 

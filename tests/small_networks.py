@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fcn": {"channels": [4, 4, 8]},
     "hed": LEVELS,
     "deep_medic": {"channels": [4, 4], "hidden": 4},
+    "srcnn": {"channels": [4, 4]},
     "unetr": {"width": 4, "hidden": 12, "heads": 2, "norm": "group"},
     "resnet": {"channels": [8, 8, 8, 16]},
     "ws_resnet": {"channels": [6, 8], "blocks": [1, 1], "groups": 2},

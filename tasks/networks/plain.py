@@ -156,3 +156,38 @@ def deep_medic(
         Conv[Conv.CONV, dimensions](hidden, out_channels, 1),
     )
     return DeepMedic(dimensions, [path() for _ in range(1 + len(factors))], list(factors), head)
+
+
+def srcnn(
+    *,
+    in_channels: Width,
+    out_channels: Width,
+    dimensions: Dimensions,
+    channels: Widths = (16, 16),
+    kernels: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=3, max_length=9)] = (
+        5,
+        1,
+        3,
+    ),
+) -> nn.Module:
+    """Convolutions at full resolution without a norm (Dong et al., 2014, arXiv:1501.00092).
+
+    How steep an edge is, which a norm would take away, is what a filter has to know.
+
+    Args:
+        channels: after each layer but the last. kernels: odd sides, one more than `channels`.
+
+    Raises:
+        ValueError: `kernels` does not suit.
+    """
+    if len(kernels) != len(channels) + 1 or any(kernel % 2 == 0 for kernel in kernels):
+        raise ValueError(
+            f"model.kernels is {list(kernels)}; with {len(channels)} model.channels it needs "
+            f"{len(channels) + 1} odd numbers"
+        )
+    body = nn.Sequential()
+    for before, after, kernel in zip(
+        (in_channels, *channels), (*channels, out_channels), kernels, strict=True
+    ):
+        body.extend([Conv[Conv.CONV, dimensions](before, after, kernel, padding=kernel // 2), nn.LeakyReLU()])
+    return body[:-1]

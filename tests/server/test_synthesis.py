@@ -1,16 +1,21 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load
 
 from conf.exits import Stop
 from conf.load import compose
+from server.checkpoint import RESULT
+from server.runfolder import RunFolder
 from server.simulate import simulate
-from server.synthesis import COLUMNS, evaluate, picture
+from server.synthesis import COLUMNS, Trained, evaluate, picture
+from strategies.base import Study
 from tasks.judging import Pictures
 
 SETTINGS = [
@@ -32,7 +37,7 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gan")
     draw, lines = np.random.default_rng(0), ["image,label,patient"]
     (folder / "data").mkdir()
@@ -42,8 +47,35 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(image.astype(np.uint8)).save(folder / "data" / f"{i}.png")
         lines.append(f"{i}.png,{i % 2},p{i}")
     (folder / "data" / "manifest.csv").write_text("\n".join(lines))
-    where = [f"data.root={folder}/data", f"data.cache={folder}/cache", f"run.dir={folder}/run"]
-    return simulate(compose([*SETTINGS, *where]))
+    return folder
+
+
+def trained(folder: Path, name: str, *more: str) -> Path:
+    where = [f"data.root={folder}/data", f"data.cache={folder}/cache", f"run.dir={folder}/{name}"]
+    return simulate(compose([*SETTINGS, *where, *more]))
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    return trained(folder, "run")
+
+
+def test_two_workers_come_to_the_same_bytes(run: Path, folder: Path) -> None:
+    both = trained(folder, "both", "runtime.workers=2")
+    assert (both / RESULT).read_bytes() == (run / RESULT).read_bytes()
+
+
+def test_a_discriminator_may_stay_home_and_a_generator_may_not(folder: Path) -> None:
+    home = trained(folder, "home", "strategy=fedper", "strategy.keep=[discriminator.*]")
+    before = dict(Study.of(RunFolder.open(home).settings.plan).initial)
+    for name, tensor in load((home / RESULT).read_bytes()).items():
+        assert torch.equal(tensor, before[name]) == name.startswith("discriminator."), name
+    assert set(Trained.of(home).makers) == {"federated", "class_mean", "resampled"}
+    given = [*SETTINGS, f"data.root={folder}/data", "strategy=fedper", "strategy.keep=[generator.*]"]
+    other = RunFolder.create(folder / "other", compose([*given, f"run.dir={folder}/other"])).path
+    shutil.copy(home / RESULT, other)
+    with pytest.raises(Stop, match="strategy fedper left the generator at each site"):
+        evaluate(other)
 
 
 def test_a_run_is_judged_beside_trivial_makers_and_a_copy_is_told(run: Path) -> None:
@@ -67,8 +99,6 @@ def test_a_picture_has_made_rows_and_a_real_one_for_each_class() -> None:
 
 
 def test_a_run_of_another_task_is_refused(run: Path, tmp_path: Path) -> None:
-    from server.runfolder import RunFolder
-
     other = RunFolder.create(tmp_path / "other", compose(["data.root=x", f"run.dir={tmp_path}/other"]))
     with pytest.raises(Stop, match="trained 'segmentation', which makes no images; use: wardround report"):
         evaluate(other.path)

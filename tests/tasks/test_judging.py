@@ -4,7 +4,7 @@ import torch
 from scipy import linalg  # type: ignore[import-untyped]
 from torch import Tensor
 
-from tasks.judging import Pictures, copied, distance, judged, likeness, mmd, remembers
+from tasks.judging import Pictures, classifier, copied, distance, judged, likeness, mmd, remembers
 
 
 def patients(count: int, seed: int) -> Pictures:
@@ -68,15 +68,16 @@ def test_a_collapsed_generator_shows_in_likeness() -> None:
 
 
 def test_all_figures_of_good_and_of_useless_images() -> None:
-    good = judged(patients(100, 5), TRAINING, HELD_OUT, 0, steps=40)
+    real = classifier(TRAINING, 2, 0, steps=40)
+    good = judged(patients(100, 5), TRAINING, HELD_OUT, real, 0, steps=40)
     noise = Pictures(
         torch.rand(100, 1, 16, 16, generator=torch.Generator().manual_seed(1)), patients(100, 6).labels
     )
-    useless = judged(noise, TRAINING, HELD_OUT, 0, steps=40)
+    useless = judged(noise, TRAINING, HELD_OUT, real, 0, steps=40)
     assert good["tstr"] > 0.9
     assert good["trtr"] > 0.9
     assert good["tstr"] > useless["tstr"]
     assert good["fid"] < useless["fid"]
     assert good["mmd"] < useless["mmd"]
     assert good["remembers"] == 0
-    assert judged(patients(100, 5), TRAINING, HELD_OUT, 0, steps=40) == good
+    assert judged(patients(100, 5), TRAINING, HELD_OUT, real, 0, steps=40) == good
