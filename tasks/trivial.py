@@ -41,6 +41,10 @@ class Constant(Summed):
         voxels = torch.bincount(case.masks[self.mask].flatten().long(), minlength=self.classes).double()
         return {"shares": voxels / voxels.sum()}
 
+    def cells(self, part: Sums) -> Tensor:
+        """A class that few have tells of those few."""
+        return (part["shares"] > 0).double()
+
     def predict(self, known: Sums, case: Case) -> Prediction:
         """That class on the case's whole grid."""
         shape = next(iter(case.images.values())).shape[1:]
@@ -84,6 +88,10 @@ class Atlas(Summed):
                 total["mask"][k] = resample((case.masks[self.mask] == k).float()[None], shape)[0].double()
                 total["cases"][k] = 1
         return total
+
+    def cells(self, part: Sums) -> Tensor:
+        """A class that few have is the map of those few, however many were looked at."""
+        return part["mask"].flatten(1).any(1).double()
 
     def predict(self, known: Sums, case: Case) -> Prediction:
         """The likeliest class at each position."""

@@ -97,6 +97,19 @@ def test_a_mask_that_one_patient_has_does_not_leave_as_a_mean(name: str) -> None
     session(DEFAULT, [case(k) for k in range(10)], **MAPS).accumulate(name, {})
 
 
+@pytest.mark.parametrize("name", ["constant", "atlas"])
+def test_a_lesion_that_few_have_is_no_mean_though_all_were_looked_at(name: str) -> None:
+    none = torch.zeros(16, 16, dtype=torch.uint8)
+    for having, allowed in ((0, True), (9, False), (10, True)):
+        cases = [case(k) if k < having else replace(case(k), masks={"mask": none}) for k in range(12)]
+        here = session(DEFAULT, cases, **MAPS)
+        if allowed:
+            here.accumulate(name, {})
+            continue
+        with pytest.raises(Refused, match="policy: 9 patients, minimum cell 10"):
+            here.accumulate(name, {})
+
+
 def test_the_mean_image_of_a_class_of_one_is_that_patient_and_stays_home() -> None:
     cases = [case(k, label=float(k == 0)) for k in range(12)]
     with pytest.raises(Refused, match="policy: 1 patients, minimum cell 10"):
@@ -112,11 +125,11 @@ def test_products_of_more_features_than_patients_tell_who_is_among_them() -> Non
     few, stranger = [case(k) for k in range(12)], case(99)
     here = session(Policy(patients_per_feature=0), few, **PLAIN)
     head = here.study.task.sums()["linear"]
-    gram = here.accumulate("linear", {})["gram"]
+    (gram,) = here.accumulate("linear", {})["gram"]
     assert len(few) < head.products
 
     def outside(one: Case) -> float:
-        x = head.accumulate(one, {})["gram"][-1]  # its features, and a one
+        x = head.accumulate(one, {})["gram"][0, -1]  # its features, and a one
         values, vectors = torch.linalg.eigh(gram)
         inside = vectors[:, values > 1e-9 * values[-1]]
         return float((x - inside @ (inside.T @ x)).norm() / x.norm())
