@@ -326,9 +326,9 @@ class Session:
         return self._statistics(split, lambda case: predictor.predict(known, case))
 
     def accumulate(self, name: str, known: Tensors) -> Tensors:
-        """What an exchange of a predictor by sums adds over the training cases: float64."""
-        patients = self._archive.patients("train")
+        """What an exchange of a predictor by sums adds over its split's cases: float64."""
         predictor = self.study.task.sums()[name]
+        patients = self._archive.patients(predictor.split)
         self._policy.release(len(patients), predictor.products)
         total = {name: tensor.clone() for name, tensor in predictor.zero().items()}
         behind = torch.zeros_like(predictor.cells(total))

@@ -120,6 +120,15 @@ def evaluate(
 
 
 @app.command()
+def calibrate(run: RunFolder) -> None:
+    """Fit the temperature of a simulated run's probabilities on the sites' validation patients."""
+    from server.calibrate import calibrate as fit
+    from server.calibrate import show as show_temperature
+
+    show_temperature(*fit(run))
+
+
+@app.command()
 def report(
     run: RunFolder,
     metric: Annotated[str | None, typer.Option(help="what to show, such as dice_1 or loss")] = None,

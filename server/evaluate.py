@@ -66,6 +66,10 @@ class Metrics:
             for line in self._lines
         )
 
+    def of(self, *models: str) -> list[Line]:
+        """The lines of some models, in order."""
+        return [line for line in self._lines if line["model"] in models]
+
     def best(self, metric: str) -> tuple[int, int]:
         """The round with the best federated model on validation (the first of equals), evaluations since.
 

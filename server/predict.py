@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -17,10 +18,13 @@ from server.checkpoint import result
 from server.progress import note
 from server.runfolder import RunFolder
 from strategies import build_strategy
-from tasks.base import Case, Prediction, build_task
+from tasks.base import Case, Prediction, Task, build_task
 from tasks.data import images, nifti
+from tasks.temperature import Temperature
 
 VOLUMES = (".nii", ".nii.gz")
+TEMPERATURE = "temperature.json"
+"""In a run that was calibrated: what its model's logits are divided by."""
 
 
 def predict(run: Path, source: Path, out: Path) -> int:
@@ -50,17 +54,16 @@ def predict(run: Path, source: Path, out: Path) -> int:
     found = dict(_found(source))
     if not found:
         raise Stop(Exit.NO_CASES, f"{source} holds no image ({', '.join((*VOLUMES, *images.SUFFIXES))})")
-    model = task.build_model()
-    # integer buffers never travel, so the result has none
-    model.load_state_dict(weights, strict=False)
-    model.eval()
+    says = strategy.says(task, weights)
+    tempered = _tempered(run, task)
     out.mkdir(parents=True)
     rows, done = [], 0
     for path, name in found.items():
         try:
             case = read(path, name, columns)
             with torch.no_grad():
-                said = task.predict(model, case)
+                said = says(case)
+            said = tempered(said)
         except (ValueError, RuntimeError) as error:  # a file or a grid that does not fit: the others may
             note(f"left out: {path}: {str(error).splitlines()[0]}")
             continue
@@ -89,6 +92,15 @@ def read(path: Path, name: str, columns: Columns) -> Case:
         raise ValueError("holds no image")
     image = torch.from_numpy(np.array(raw.image, dtype=np.float32))
     return Case(name, name, {"image": image}, torch.tensor(raw.affine), raw.spacing, units=raw.units)
+
+
+def _tempered(run: Path, task: Task) -> Callable[[Prediction], Prediction]:
+    """What a run's temperature makes of a prediction, where it has one."""
+    scaling = task.sums().get("calibrated")
+    if not (run / TEMPERATURE).exists() or not isinstance(scaling, Temperature):
+        return lambda said: said
+    value = torch.tensor(float(json.loads((run / TEMPERATURE).read_bytes())["temperature"]))
+    return lambda said: scaling.scaled(said, value)
 
 
 def _found(source: Path) -> Iterator[tuple[Path, str]]:

@@ -276,8 +276,14 @@ class Run:
 
     def trivial(self, name: str, splits: Sequence[str]) -> list[Line]:
         """Fit a trivial predictor by exact sums over the sites, and score it like a model."""
-        predictor, sites = self.study.task.trivial()[name], tuple(sorted(self.sites))
-        known = dict(predictor.start())
+        known = self.fitted(name, {})
+        down = {"kind": "trivial", "name": name, "known": known}
+        return [line for split in splits if known for line in self.score(name, down, split)]
+
+    def fitted(self, name: str, given: Tensors) -> Tensors:
+        """What a predictor by sums knows after its exchanges, `given` from the start; {}: no site tells."""
+        predictor, sites = self.study.task.sums()[name], tuple(sorted(self.sites))
+        known = {**predictor.start(), **given}
         for turn in range(predictor.exchanges):
             stage = f"trivial/{name}/{turn}"
             spec = self.strategy.spec(self.study, stage)
@@ -286,10 +292,9 @@ class Run:
             if isinstance(total, Collected):
                 raise TypeError("a trivial predictor is summed")
             if not total.sites:  # none may let its sums go
-                return []
+                return {}
             known = dict(predictor.solve(total.sum("sums"), known))
-        down = {"kind": "trivial", "name": name, "known": known}
-        return [line for split in splits for line in self.score(name, down, split)]
+        return known
 
     def _save(self) -> None:
         folder = self.folder / "checkpoints"

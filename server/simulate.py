@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing.connection import wait
@@ -247,10 +248,16 @@ class Simulation:
         self._train(self.federation, settings.plan, self.folder.path, evaluate=True)
         self._promise()
         baselines = self._baselines()
-        with self._exchange(self.federation, self.folder.path, settings.plan) as exchange:
-            run = self._loop(self.federation, settings.plan, self.folder.path, exchange)
+        with self.opened() as run:
             run.metrics.add(self._compare(run, baselines))
         return self.folder.path
+
+    @contextmanager
+    def opened(self) -> Iterator[Run]:
+        """The round loop over the sites, to ask them more."""
+        plan, path = self.folder.settings.plan, self.folder.path
+        with self._exchange(self.federation, path, plan) as exchange:
+            yield self._loop(self.federation, plan, path, exchange)
 
     def ask(self, plan: Plan) -> None:
         """Rounds alone, nothing to compare with: for a plan that trains nothing."""

@@ -23,6 +23,7 @@ STRATEGIES = Table(
         "cyclic": "strategies.cyclic:Cyclic",
         "median": "strategies.robust:Median",
         "fedbuff": "strategies.buffered:FedBuff",
+        "sums": "strategies.sums:BySums",
         "flower_krum": "strategies.flower:Krum",
         "flower_multi_krum": "strategies.flower:MultiKrum",
         "flower_bulyan": "strategies.flower:Bulyan",

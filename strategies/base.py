@@ -21,7 +21,7 @@ from conf.schema import Plan
 from strategies.exact import Fold, Folded, Sum, Total
 from strategies.protocol import Refused, Spec, Tree, Update, digest, pack
 from strategies.transfer import frozen
-from tasks.base import Task, build_task
+from tasks.base import Case, Prediction, Task, build_task
 from tasks.networks.norms import swap_norms
 from tasks.seeds import seed
 
@@ -312,6 +312,12 @@ class Strategy:
     def apply(self, folded: Folded, state: Tree, model: Tensors, study: Study) -> tuple[Tensors, Tree]:
         """The next model and state."""
         return moved(model, folded), state
+
+    def says(self, task: Task, weights: Tensors) -> Callable[[Case], Prediction]:
+        """What a run's result predicts for a case."""
+        model = task.build_model()
+        model.load_state_dict(weights, strict=False)  # integer buffers never travel, so it has none
+        return lambda case: task.predict(model.eval(), case)
 
     # ---- the site's half
 

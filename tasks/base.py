@@ -98,13 +98,14 @@ class Summed(ABC):
     and `solve`s: that is known next. Sums are exact, so it is the predictor of the pooled cases.
 
     Attributes:
-        exchanges: how many it takes.
+        exchanges: how many it takes. split: of the cases that it sums over.
         largest: of a site's sums, in size; the smaller, the finer the grid they are added on.
         products: how many features a site's sums hold the products of, with each other; 0: none. Of fewer
             patients than features such products tell who is among them.
     """
 
     exchanges: int = 1
+    split: str = "train"
     largest: float = 2.0**31
 
     @property

@@ -18,7 +18,7 @@ from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.augment import turned
 from tasks.features import FEATURES, Extractor
 from tasks.imaging import Change, Classes, ImageTask, Label, Sides, one_of
-from tasks.linear import Logistic, Prior, Ridge
+from tasks.linear import Components, Logistic, Prior, Ridge
 from tasks.losses import comparing
 from tasks.metrics import Statistics
 from tasks.models import MODELS
@@ -26,6 +26,7 @@ from tasks.networks.reader import Reader
 from tasks.predict import device_of
 from tasks.scoring.classes import KINDS
 from tasks.targets import TARGETS, Target
+from tasks.temperature import Temperature
 from tasks.views import VIEWS
 
 Positive = Annotated[float, Field(gt=0)]
@@ -299,8 +300,12 @@ class Classification(ImageTask):
         return {"constant": Prior(self._target), "linear": Ridge(self._target, *self._plain())}
 
     def sums(self) -> Mapping[str, Summed]:
-        """The trivial ones and logistic regression."""
-        return {**self.trivial(), "logistic": Logistic(self._target, *self._plain())}
+        """The trivial ones, logistic regression, principal components, and the network's temperature."""
+        plain = self._target, *self._plain()
+        found = {**self.trivial(), "logistic": Logistic(*plain), "pca": Components(*plain)}
+        if self._target.probable:
+            found["calibrated"] = Temperature(self._target, self.build_model, self.predict)
+        return found
 
     def _plain(self) -> tuple[Callable[[Case], Tensor], int]:
         extractor = self._extractor or self._built(PLAIN[self._axes])

@@ -101,6 +101,46 @@ class Ridge(Summed):
 
 
 @dataclass(frozen=True)
+class Components(Ridge):
+    """Least squares on the first principal components (Massy, 1965): `Ridge`'s sums, another solution.
+
+    Known are `mean` `F`, `axes` `K x F`, `explained` K and `total` (variances) beside the `weights`.
+
+    Attributes:
+        most: components at most; never more than there are dimensions with variance.
+    """
+
+    most: int = 16
+
+    def solve(self, sums: Sums, known: Sums) -> Sums:
+        """Mean and covariance come out of the products with one, the axes out of the covariance."""
+        gram, moment = sums["gram"], sums["moment"]
+        cases = gram[-1, -1].clamp_min(1)
+        mean = gram[-1, :-1] / cases
+        covariance = gram[:-1, :-1] / cases - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        kept = max(1, min(self.most, int((values > values[-1] * 1e-9).sum())))
+        explained, axes = values.flip(0)[:kept], vectors.flip(1)[:, :kept].T
+        slopes = axes @ (moment[:-1] - torch.outer(mean, moment[-1])) / (cases * explained)[:, None]
+        weights = axes.T @ slopes
+        offset = moment[-1:] / cases - mean @ weights
+        return {
+            "weights": torch.cat([weights, offset]),
+            "mean": mean,
+            "axes": axes,
+            "explained": explained,
+            "total": covariance.trace(),
+        }
+
+    def predict(self, known: Sums, case: Case) -> Prediction:
+        """The head's values, and `residual`: the distance from the components, a score of oddness."""
+        x = self.features(case).double() - known["mean"]
+        residual = (x - known["axes"].T @ (known["axes"] @ x)).norm()
+        said = super().predict(known, case).scores
+        return Prediction(scores={**said, "residual": residual})
+
+
+@dataclass(frozen=True)
 class Logistic(Summed):
     """Logistic regression, each column against the rest, by Newton's method: one exchange an iteration.
 

@@ -33,6 +33,9 @@ class Target(ABC):
     shares: ClassVar[bool] = False
     """Whether its losses take shares of the classes, too."""
 
+    probable: ClassVar[bool] = True
+    """Whether a prediction is made of probabilities."""
+
     def __post_init__(self) -> None:
         if self.single and len(self.labels) != 1:
             raise ValueError(f"task.labels is {list(self.labels)}; this target is one label")
@@ -70,6 +73,14 @@ class Target(ABC):
     @abstractmethod
     def decode(self, outputs: Tensor) -> Tensor:
         """`… outputs` to what they mean, `… columns`: probabilities, or values."""
+
+    def choices(self, given: Tensor) -> Tensor:
+        """A prediction (`columns`) as rows of probabilities, each of a choice between classes: `R x K`."""
+        return given[None]
+
+    def chosen(self, rows: Tensor) -> Tensor:
+        """The prediction that has these `choices`."""
+        return rows[0]
 
     @property
     def fits(self) -> int:
@@ -153,6 +164,12 @@ class Multilabel(_Several):
     def decode(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
 
+    def choices(self, given: Tensor) -> Tensor:
+        return torch.stack([1 - given, given], 1)
+
+    def chosen(self, rows: Tensor) -> Tensor:
+        return rows[:, 1]
+
     def bounded(self, fitted: Tensor) -> Tensor:
         return fitted.clamp(0, 1)
 
@@ -160,6 +177,8 @@ class Multilabel(_Several):
 @dataclass(frozen=True)
 class Continuous(_Several):
     """Values such as an age, an ejection fraction."""
+
+    probable: ClassVar[bool] = False
 
     def decode(self, outputs: Tensor) -> Tensor:
         return outputs

@@ -9,6 +9,7 @@ import torch
 from server.checkpoint import result
 from server.runfolder import RunFolder
 from server.simulate import Federation
+from strategies import build_strategy
 from tasks.base import Case, Prediction, build_task
 
 
@@ -22,15 +23,12 @@ def examples(run: Path) -> list[tuple[str, Case, Prediction]]:
     plan = folder.settings.plan
     weights = result(run)
     task = build_task(plan)
-    model = task.build_model()
-    # integer buffers never travel, so the checkpoint has none
-    model.load_state_dict(weights, strict=False)
-    model.eval()
+    says = build_strategy(plan).says(task, weights)
     federation = Federation.of(folder.settings.data, plan)
     shown = []
     with torch.no_grad():
         for site, splits in federation.sites.items():
             for entry in (splits["test"] or splits["val"])[:1]:
                 case = federation.cache.load(entry)
-                shown.append((site, case, task.predict(model, case)))
+                shown.append((site, case, says(case)))
     return shown

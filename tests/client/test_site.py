@@ -39,8 +39,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 # ---- the same instruction, the same bytes
 
+#: an exchange of sums draws nothing by chance: of every round it is the same
+TRAINING = [name for name in STRATEGIES if name != "sums"]
 
-@pytest.mark.parametrize("name", STRATEGIES)
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_repeated_instruction_gets_the_same_bytes_and_trains_nothing(
     name: str, ram: Path, steps: list[int]
 ) -> None:
@@ -65,7 +68,7 @@ def test_a_repeated_instruction_gets_the_same_bytes_and_trains_nothing(
     assert desk.incidents() == []
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_reply_does_not_change_when_its_model_goes_on_to_train(name: str, ram: Path) -> None:
     desk = Desk(ram, toy_plan(name), durable=False)
     stage = "train/0" if name == "cyclic" else "train"

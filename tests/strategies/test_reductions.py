@@ -138,6 +138,7 @@ OUT_OF_RANGE: dict[tuple[str, str], tuple[Any, ...]] = {
     ("ditto", "lam"): (-1,),
     ("fedbuff", "buffer"): (0, 1.5),
     ("fedbuff", "power"): (-0.5,),
+    ("sums", "predictor"): ("", 1),
     ("flower_krum", "hostile"): (-1, 0.5),
     ("flower_multi_krum", "hostile"): (-1,),
     ("flower_multi_krum", "select"): (0,),
