@@ -92,7 +92,7 @@ def test_other_strategies_are_not_fedavg(ram: Path) -> None:
 def test_results_depend_neither_on_workers_nor_on_the_run(name: str, ram: Path) -> None:
     cases = toy_cases(4, 2)
     endings = {}
-    for workers in (1, 2, 3):
+    for workers in (1, 3):  # more than one, and not as many as divide the sites
         toys = Toys(ram / str(workers), plan(name), cases, workers=workers, run_id=f"run{workers}")
         toys.train()
         endings[workers] = toys.ending()
@@ -103,9 +103,7 @@ def test_results_depend_neither_on_workers_nor_on_the_run(name: str, ram: Path) 
                 "state.json",
                 "metrics.jsonl",
             }
-    for workers in (2, 3):
-        for file, content in endings[1].items():
-            assert endings[workers][file] == content, (workers, file)
+    assert endings[3] == endings[1]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -104,19 +104,23 @@ def most_resident(process: psutil.Process, until: threading.Event) -> Iterator[i
         yield from (1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
+@pytest.fixture(scope="module")
+def armed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bomb(tmp_path_factory.mktemp("armed") / "bomb.dcm")
+
+
 @pytest.mark.parametrize("job", [header, whole, inspect])  # the first stops before pixels
 def test_a_deflated_bomb_is_refused_under_the_limit(
-    tmp_path: Path, guard: Guard, job: Callable[..., Iterator[Answer]]
+    tmp_path: Path, armed: Path, guard: Guard, job: Callable[..., Iterator[Answer]]
 ) -> None:
-    path = bomb(tmp_path / "bomb.dcm")
-    assert path.stat().st_size < 1 << 20
+    assert armed.stat().st_size < 1 << 20
     guard.call(header, file(tmp_path / "sound.dcm"))
     done, sizes = threading.Event(), [0]
     watched = worker(guard)
     watch = threading.Thread(target=lambda: sizes.extend(most_resident(watched, done)))
     watch.start()
     with pytest.raises(Faulty, match="more memory than its limit") as caught:
-        guard.call(job, path)
+        guard.call(job, armed)
     done.set()
     watch.join()
     assert caught.value.reason is Reason.LIMIT
@@ -156,7 +160,7 @@ def test_absurd_sizes_are_refused(tmp_path: Path, guard: Guard, syntax: str, nam
     assert guard.call(header, file(tmp_path / "next.dcm"))[0]["rows"] == 4
 
 
-def test_a_worker_is_used_again_and_replaced_after_a_limit(tmp_path: Path) -> None:
+def test_a_worker_is_used_again_and_replaced_after_a_limit(tmp_path: Path, armed: Path) -> None:
     path = file(tmp_path / "a.dcm")
     with Guard() as guard:
         guard.call(header, path)
@@ -165,7 +169,7 @@ def test_a_worker_is_used_again_and_replaced_after_a_limit(tmp_path: Path) -> No
             guard.call(header, path)
         assert worker(guard) == first
         with pytest.raises(Faulty, match="limit"):
-            guard.call(header, bomb(tmp_path / "bomb.dcm"))
+            guard.call(header, armed)
         guard.call(header, path)
         assert worker(guard) != first
         last = worker(guard)
