@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from client.archive import Archive as Archive
 from client.archive import fingerprint
 from client.budget import Purpose
+from client.deck import hands
 from client.policy import Policy
 from client.private import PrivateStepper, draws
 from client.step import Stepper, ahead, channels_last, chunks, fresh_optimizer, held, precision, repeatable
@@ -378,17 +379,7 @@ class Session:
 
     def _batches(self, patients: Mapping[str, Sequence[Entry]], draw: torch.Generator) -> Iterator[Batch]:
         """Batches of one example each of different patients; every patient once before any twice."""
-        keys = list(patients)
-        size = min(self.study.plan.local.batch_size or len(keys), len(keys))
-        queue: list[str] = []
-        while True:
-            chosen: list[str] = []
-            while len(chosen) < size:
-                if not queue:
-                    # a new deck, those already in this batch at its end, so that none is in it twice
-                    deck = [keys[i] for i in torch.randperm(len(keys), generator=draw).tolist()]
-                    queue = [k for k in deck if k not in chosen] + [k for k in deck if k in chosen]
-                chosen.append(queue.pop(0))
+        for chosen in hands(list(patients), self.study.plan.local.batch_size, draw):
             entries = [patients[k][int(torch.randint(len(patients[k]), (), generator=draw))] for k in chosen]
             examples = [self._bench.example(self.study, self._archive, entry) for entry in entries]
             yield self.study.task.batch(examples, draw)

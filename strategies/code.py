@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-_CONF = ("conf/schema.py", "conf/section.py", "conf/table.py", "conf/files.py")
+_CONF = ("conf/schema.py", "conf/dictionary.py", "conf/section.py", "conf/table.py", "conf/files.py")
 _PARTS = (*_CONF, "tasks", "strategies", "client")
 _LIBRARIES = ("torch", "numpy", "monai")
 

@@ -17,6 +17,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (PROJECT / package).rg
 #: to be read in an evening: protocol, exact sums, round loop, site gate, local training, base types
 CORE = (
     "conf/schema.py",
+    "conf/dictionary.py",
     "conf/section.py",
     "conf/table.py",
     "conf/exits.py",
@@ -34,6 +35,7 @@ CORE = (
     "client/site.py",
     "client/archive.py",
     "client/train.py",
+    "client/deck.py",
     "client/step.py",
     "client/state.py",
     "client/policy.py",
