@@ -41,6 +41,8 @@ class Segmentation(ImageTask):
             two for images, three for volumes.
         mask: its name in a case.
         spacing: mm per axis that images are resampled to; none: each stays on its own grid.
+        stretch: each whole image is resampled onto one patch, whatever its size: position means the same in
+            all of them.
         foreground: share of patches centred on a foreground voxel, its class drawn first.
         overlap: of neighbouring prediction windows.
         flips_at_prediction: whether probabilities are averaged over the images mirrored along `flips`.
@@ -53,6 +55,7 @@ class Segmentation(ImageTask):
     patch: Sides
     mask: Label = "mask"
     spacing: tuple[Millimetres, ...] | None = None
+    stretch: bool = False
     foreground: Share = 0.5
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     flips_at_prediction: bool = False
@@ -68,6 +71,10 @@ class Segmentation(ImageTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.stretch and self.spacing is not None:
+            raise ValueError(
+                f"task.stretch and task.spacing {list(self.spacing)} exclude each other; drop one"
+            )
         if self.spacing is not None and len(self.spacing) != len(self.patch):
             raise ValueError(
                 f"task.spacing has {len(self.spacing)} axes, task.patch has {len(self.patch)}; give one per "
@@ -150,7 +157,8 @@ class Segmentation(ImageTask):
     def _input(self, case: Case) -> Tensor:
         """The network's input for the whole case: `CHW[D]` float32 at the plan's spacing."""
         image = self.picture(case)
-        return self.normalised(resample(image, grid(image.shape[1:], case.spacing, self.spacing)))
+        shape = self.patch if self.stretch else grid(image.shape[1:], case.spacing, self.spacing)
+        return self.normalised(resample(image, shape))
 
     def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
         """`image` `B C *patch` float32 and `mask` `B *patch` int64, one patch per example.

@@ -47,7 +47,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "convnet": {"channels": [4, 6, 8], "cells": 2},
     "mlp": {"channels": [8, 6]},
     **{name: {"width": 4, "levels": 2} for name in PLAYERS},
-    "scale_space": {"scales": [1.0], "degree": 2, "joint": 1},
+    "scale_space": {"scales": [1.0], "degree": 2, "joint": 1, "hidden": 4},
     "swin_unetr": {"depths": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "window": 2, "norm": "group"},
 }
 #: other than 16 along each axis

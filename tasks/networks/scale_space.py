@@ -1,4 +1,4 @@
-"""A linear head on fixed local features and on where they are: hundreds of weights, not thousands.
+"""A small head on fixed local features and on where they are: hundreds of weights, not thousands.
 
 What is left to learn when patients are few and their gradients noised: each weight less is noise less.
 """
@@ -20,7 +20,9 @@ Scales = Annotated[tuple[Annotated[float, Field(gt=0, le=32)], ...], Field(min_l
 
 
 class ScaleSpace(nn.Module):
-    """Gaussian derivatives at several scales, polynomials of position, products of both, one layer.
+    """Gaussian derivatives at several scales, polynomials of position, products of both, and a small head.
+
+    Each feature has mean 0 and deviation 1 over the image.
 
     A position is a share of the input's sides, from -1 to 1: what the network is given should be the whole
     image, or always the same part of it.
@@ -63,7 +65,10 @@ class ScaleSpace(nn.Module):
         where = self._where(x)
         mixed = seen.unsqueeze(1) * where[: self.shared].unsqueeze(1)
         places = where[1:].expand(len(x), *where[1:].shape)
-        return torch.cat([mixed.flatten(1, 2), places], 1)
+        read = torch.cat([mixed.flatten(1, 2), places], 1)
+        axes = tuple(range(2, x.ndim))
+        read = read - read.mean(axes, keepdim=True)
+        return read / (read.square().mean(axes, keepdim=True) + 1e-6).sqrt()
 
     def _where(self, x: Tensor) -> Tensor:
         """Products of Legendre polynomials along the axes: `powers H W[D]`."""
@@ -120,17 +125,17 @@ def scale_space(
     in_channels: Width,
     out_channels: Width,
     dimensions: Dimensions,
-    scales: Scales = (0.7, 1.5, 3.0),
-    degree: Degree = 6,
-    joint: Degree = 2,
-    hidden: Annotated[int, Field(ge=0, le=1024)] = 0,
+    scales: Scales = (1.0, 2.5),
+    degree: Degree = 4,
+    joint: Degree = 0,
+    hidden: Annotated[int, Field(ge=0, le=1024)] = 16,
 ) -> nn.Module:
-    """A linear (or, with `hidden`, small) classifier of each voxel.
+    """A small classifier of each voxel.
 
     Args:
         scales: of the Gaussians, in voxels. degree: of the polynomials of position.
         joint: degree up to which they also multiply each local feature, so that what is seen means other
             things at other places.
-        hidden: width of a layer between; 0: none.
+        hidden: width of a layer between; 0: none, a linear classifier.
     """
     return ScaleSpace(in_channels, out_channels, dimensions, scales, degree, joint, hidden)
