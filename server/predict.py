@@ -6,11 +6,13 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from conf.exits import Exit, Stop
 from conf.schema import Columns
@@ -31,7 +33,8 @@ def predict(run: Path, source: Path, out: Path) -> int:
     """Write what a run's model says of an image, or of every image in a folder.
 
     Masks are written per image: NIfTI for volumes (voxels in RAS+ order, the affine with them), PNG for
-    pictures, holding class numbers. Scores go to `scores.csv`, a line a number.
+    pictures, holding class numbers; `cam` lies red over a picture. Scores go to
+    `scores.csv`, a line a number.
 
     Args:
         source: NIfTI or picture, as the run was trained on.
@@ -113,12 +116,32 @@ def _found(source: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _draw(said: Prediction, case: Case, stem: Path) -> None:
-    """Write the masks of a prediction."""
+    """Write the masks of a prediction, and where it was found."""
     for name, mask in said.masks.items():
         values = mask.cpu().numpy().astype(np.uint8)
         if values.ndim == 3:
-            made = nib.Nifti1Image(values, case.affine.numpy())  # type: ignore[no-untyped-call]
-            made.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
-            nib.save(made, f"{stem}_{name}.nii.gz")
+            _volume(values, case, f"{stem}_{name}.nii.gz")
         else:
             Image.fromarray(values).save(f"{stem}_{name}.png")
+    if (heat := said.images.get("cam")) is not None:
+        if heat.ndim == 4:
+            _volume(heat[0].numpy(), case, f"{stem}_cam.nii.gz")
+        else:
+            Image.fromarray(_overlay(next(iter(case.images.values())), heat[0])).save(f"{stem}_cam.png")
+
+
+def _volume(values: np.ndarray[Any, Any], case: Case, path: str) -> None:
+    made = nib.Nifti1Image(values, case.affine.numpy())  # type: ignore[no-untyped-call]
+    made.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+    nib.save(made, path)
+
+
+def _overlay(image: Tensor, heat: Tensor) -> np.ndarray[Any, Any]:
+    """The image in grey, red where the map is large: `H W 3` uint8."""
+    grey = image.float().mean(0)
+    grey = (grey - grey.min()) / (grey.max() - grey.min()).clamp_min(1e-6)
+    share = 0.6 * heat / heat.max().clamp_min(1e-12)
+    red = torch.tensor([1.0, 0.0, 0.0])
+    rgb = grey[..., None] * (1 - share[..., None]) + red * share[..., None]
+    made: np.ndarray[Any, Any] = (255 * rgb).round().byte().numpy()
+    return made

@@ -16,6 +16,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from conf.schema import Section
 from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.augment import turned
+from tasks.data.resample import resample
+from tasks.evidence import grad_cam
 from tasks.features import FEATURES, Extractor
 from tasks.imaging import Change, Classes, ImageTask, Label, Sides, one_of
 from tasks.linear import Components, Logistic, Prior, Ridge
@@ -25,6 +27,7 @@ from tasks.models import MODELS
 from tasks.networks.reader import Reader
 from tasks.predict import device_of
 from tasks.scoring.classes import KINDS
+from tasks.scoring.pointing import pointed, points
 from tasks.targets import TARGETS, Target
 from tasks.temperature import Temperature
 from tasks.views import VIEWS
@@ -55,6 +58,8 @@ class Classification(ImageTask):
             arXiv:1710.09412); 0: they are not.
         dropout_samples: predictions with dropout left on that are averaged (Gal and Ghahramani, 2016,
             arXiv:1506.02142); 0: one without.
+        cam: whether a prediction has the image `cam`, where the network finds what it says, on the case's
+            own grid. Its largest value is in the mask `mask` or not: `pointing`, where a case has one.
     """
 
     target: Annotated[str, one_of(TARGETS)] = "classes"
@@ -69,6 +74,8 @@ class Classification(ImageTask):
     shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     mixup: Change = 0.0
     dropout_samples: Annotated[int, Field(ge=0, le=1000)] = 0
+    cam: bool = False
+    mask: Label = "mask"
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -92,6 +99,11 @@ class Classification(ImageTask):
         )
         if self.dropout_samples:
             self._check_dropout()
+        if self.cam and (VIEWS[self.view].bag or self.features is not None or not self._target.probable):
+            raise ValueError(
+                f"task.cam is true; it needs task.view whole (it is {self.view}), no task.features, and a "
+                f"target of probabilities (it is {self.target})"
+            )
 
     def _check_view(self) -> None:
         """Its instances are as many as asked for, and of as many axes as `size`."""
@@ -260,7 +272,15 @@ class Classification(ImageTask):
         inputs = [read[name][None].to(device_of(model)) for name in self._inputs]
         with torch.no_grad():
             given = self._target.decode(self._outputs(model.eval(), inputs).double())
-        return Prediction(scores={"given": given.mean(0).cpu()})
+        scores = {"given": given.mean(0).cpu()}
+        if not self.cam:
+            return Prediction(scores=scores)
+        found = grad_cam(model, inputs, self._target.evidence)
+        # the image was stretched onto the input, and is stretched back
+        return Prediction(images={"cam": resample(found[None].cpu(), self._grid(case))}, scores=scores)
+
+    def _grid(self, case: Case) -> tuple[int, ...]:
+        return tuple(case.images[self.image].shape[1:])
 
     def _outputs(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
         """One row, or one a draw of dropout; the draws are the same for every case."""
@@ -285,11 +305,21 @@ class Classification(ImageTask):
         if not rows:
             return self.unscored()
         truth, given = (torch.stack(part).double() for part in zip(*rows, strict=True))
-        return KINDS[self.target].of_patient(cases[0].patient, truth, given)
+        made = KINDS[self.target].of_patient(cases[0].patient, truth, given)
+        return pointed(made, self._target.columns, self._hits(cases, predictions)) if self.cam else made
+
+    def _hits(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> list[tuple[int, bool]]:
+        """Of each case with a map and a mask: what is predicted, and whether the map points into the mask."""
+        return [
+            (int(said.scores["given"].argmax()), points(said.images["cam"][0], case.masks[self.mask] > 0))
+            for case, said in zip(cases, predictions, strict=True)
+            if self.mask in case.masks and "cam" in said.images
+        ]
 
     def unscored(self) -> Statistics:
         """No patient."""
-        return KINDS[self.target].zero(self._target.columns)
+        zero = KINDS[self.target].zero(self._target.columns)
+        return pointed(zero, self._target.columns, []) if self.cam else zero
 
     def reads(self) -> Mapping[str, Collection[str]]:
         """Clinical columns and subgroups."""

@@ -82,6 +82,13 @@ class Target(ABC):
         """The prediction that has these `choices`."""
         return rows[0]
 
+    def evidence(self, outputs: Tensor) -> Tensor:
+        """How much `1 outputs` speak for what they predict: here the largest, against all of them.
+
+        A softmax does not see what all logits have in common.
+        """
+        return (outputs - outputs.mean()).max()
+
     @property
     def fits(self) -> int:
         """Numbers that a linear head fits: of two classes the second alone."""
@@ -115,6 +122,9 @@ class Ordinal(Target):
     @property
     def outputs(self) -> int:
         return len(self.classes) - 1
+
+    def evidence(self, outputs: Tensor) -> Tensor:
+        return outputs.sum()
 
     @property
     def columns(self) -> int:
@@ -163,6 +173,9 @@ class Multilabel(_Several):
 
     def decode(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
+
+    def evidence(self, outputs: Tensor) -> Tensor:
+        return outputs.max()
 
     def choices(self, given: Tensor) -> Tensor:
         return torch.stack([1 - given, given], 1)

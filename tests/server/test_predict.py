@@ -85,3 +85,16 @@ def test_what_cannot_be_predicted_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "bn", *VOLUME, "strategy=fedbn")
     with pytest.raises(Stop, match="left a part of the model at each site"):
         predict(tmp_path / "bn", tmp_path / "bad.nii", tmp_path / "new")
+
+
+def test_a_picture_shows_where_the_evidence_is(tmp_path: Path) -> None:
+    trained(tmp_path / "run", "task=classification", "model=lenet", "task.size=[32,32]", "task.cam=true")
+    picture = np.zeros((40, 30), dtype=np.uint8)
+    picture[5:10, 20:25] = 200
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    assert predict(tmp_path / "run", tmp_path / "x.png", tmp_path / "out") == 1
+    with Image.open(tmp_path / "out" / "x_cam.png") as shown:
+        assert (shown.mode, shown.size) == ("RGB", (30, 40))
+        values = np.asarray(shown).astype(int)
+    assert (values[..., 0] >= values[..., 1]).all()
+    assert (values[..., 1] == values[..., 2]).all()
