@@ -1,6 +1,6 @@
 """Run the experiments on real data and write their tables into docs/results.md and README.md.
 
-    python bench/experiments.py DATA [hippocampus] [lungs]
+    python bench/experiments.py DATA [hippocampus] [lungs] [pneumonia] [heart]
 
 DATA holds the data sets, each in its own folder. Runs are kept below runs/.
 """
@@ -19,7 +19,12 @@ from server.report.table import records, results
 from server.simulate import simulate
 
 PROJECT = Path(__file__).parents[1]
-FOLDERS = {"hippocampus": "msd_hippocampus", "lungs": "lung_cxr_2site"}
+FOLDERS = {
+    "hippocampus": "msd_hippocampus",
+    "lungs": "lung_cxr_2site",
+    "pneumonia": "cxr_pneumonia",
+    "heart": "fed_heart_uci",
+}
 
 
 def measure(name: str, data: Path) -> str:
@@ -33,7 +38,8 @@ def measure(name: str, data: Path) -> str:
         }
     )
     simulate(settings)
-    figure(run, examples(run), run / "figure.png")  # stays with the run: its slices are patients
+    if settings.plan.task.name == "segmentation":
+        figure(run, examples(run), run / "figure.png")  # stays with the run: its slices are patients
     timing = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
     seconds = sum(part for line in timing for key, part in line.items() if key != "round")
     made = results(records(run))
