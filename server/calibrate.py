@@ -14,6 +14,7 @@ from server.evaluate import Line
 from server.predict import TEMPERATURE
 from server.runfolder import RunFolder
 from server.simulate import Federation, Simulation
+from server.sums import fitted
 from tasks.temperature import MODEL
 
 MODEL_NAME = "calibrated"
@@ -42,14 +43,14 @@ def calibrate(run: Path) -> tuple[float, list[Line]]:
     with cluster(folder.settings.runtime), Simulation(folder, federation).opened() as loop:
         if not (loop.strategy.whole and MODEL_NAME in loop.study.task.sums()):
             raise Stop(Exit.CONFIG, f"{run} has no one model that gives probabilities of classes")
-        fitted = loop.fitted(MODEL_NAME, {MODEL + name: tensor for name, tensor in weights.items()})
-        if not fitted:
+        found = fitted(loop, MODEL_NAME, {MODEL + name: tensor for name, tensor in weights.items()})
+        if not found:
             raise Stop(Exit.SITE_REFUSED, f"no site of {run} has validation patients whose sums may leave")
-        value = math.exp(float(fitted["log_t"]))
+        value = math.exp(float(found["log_t"]))
         with no_space(folder.path / TEMPERATURE, "wardround calibrate"):
             write_atomic(folder.path / TEMPERATURE, json.dumps({"temperature": value}).encode())
         if not loop.metrics.has(loop.progress.round, MODEL_NAME):
-            down = {"kind": "trivial", "name": MODEL_NAME, "known": fitted}
+            down = {"kind": "trivial", "name": MODEL_NAME, "known": found}
             loop.metrics.add([x for split in ("val", "test") for x in loop.score(MODEL_NAME, down, split)])
         return value, [x for x in loop.metrics.of("federated", MODEL_NAME) if x["site"] == "all"]
 

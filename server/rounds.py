@@ -23,8 +23,9 @@ from server.cohort import cohort
 from server.evaluate import Line, Metrics
 from server.exchange import Exchange, Order
 from server.journal import Journal
+from server.sums import fitted
 from strategies.base import Abandon, Ask, Strategy, Study, Tensors
-from strategies.exact import MAX_ADDS, Collected, Folded, Sum
+from strategies.exact import MAX_ADDS, Collected, Folded
 from strategies.protocol import Epoch, Failure, Instruction, Refused, Spec, Tree, apart
 
 ATTEMPTS = 3
@@ -276,25 +277,9 @@ class Run:
 
     def trivial(self, name: str, splits: Sequence[str]) -> list[Line]:
         """Fit a trivial predictor by exact sums over the sites, and score it like a model."""
-        known = self.fitted(name, {})
+        known = fitted(self, name, {})
         down = {"kind": "trivial", "name": name, "known": known}
         return [line for split in splits if known for line in self.score(name, down, split)]
-
-    def fitted(self, name: str, given: Tensors) -> Tensors:
-        """What a predictor by sums knows after its exchanges, `given` from the start; {}: no site tells."""
-        predictor, sites = self.study.task.sums()[name], tuple(sorted(self.sites))
-        known = {**predictor.start(), **given}
-        for turn in range(predictor.exchanges):
-            stage = f"trivial/{name}/{turn}"
-            spec = self.strategy.spec(self.study, stage)
-            ask = Ask(sites, stage, {"known": known}, spec, Sum(), counts=False)
-            total = self.ask(ask, self.progress.round, 0)
-            if isinstance(total, Collected):
-                raise TypeError("a trivial predictor is summed")
-            if not total.sites:  # none may let its sums go
-                return {}
-            known = dict(predictor.solve(total.sum("sums"), known))
-        return known
 
     def _save(self) -> None:
         folder = self.folder / "checkpoints"

@@ -44,8 +44,7 @@ from tasks.seeds import generator
 
 Splits = Mapping[str, tuple[Entry, ...]]
 
-#: Names patients in simulation, where all data are the researcher's own: equal on every machine, so that
-#: splits and results are. A hospital's key is its own, random and secret (`wardround-site`).
+#: names simulated patients, alike on every machine; a hospital's own key is random and secret
 _KEY = b"wardround simulation, no secret "
 
 
@@ -240,12 +239,12 @@ class Simulation:
             return self._run()
 
     def _run(self) -> Path:
-        settings = self.folder.settings
+        plan = self.folder.settings.plan
         recycle()
-        torch.set_num_threads(settings.plan.local.threads)
-        if word := useless(settings.plan, len(self.federation.sites)):
+        torch.set_num_threads(plan.local.threads)
+        if word := useless(plan, len(self.federation.sites)):
             note(word)
-        self._train(self.federation, settings.plan, self.folder.path, evaluate=True)
+        self._train(self.federation, plan, self.folder.path, evaluate=True)
         self._promise()
         baselines = self._baselines()
         with self.opened() as run:
@@ -255,9 +254,9 @@ class Simulation:
     @contextmanager
     def opened(self) -> Iterator[Run]:
         """The round loop over the sites, to ask them more."""
-        plan, path = self.folder.settings.plan, self.folder.path
-        with self._exchange(self.federation, path, plan) as exchange:
-            yield self._loop(self.federation, plan, path, exchange)
+        sites, path, plan = self.federation, self.folder.path, self.folder.settings.plan
+        with self._exchange(sites, path, plan) as link:
+            yield self._loop(sites, plan, path, link)
 
     def ask(self, plan: Plan) -> None:
         """Rounds alone, nothing to compare with: for a plan that trains nothing."""
@@ -324,8 +323,8 @@ class Simulation:
                 lines += run.trivial(name, ("val", "test"))
         for name, model in baselines.items():
             if not run.metrics.has(run.progress.round, name):
-                for part in ("val", "test"):
-                    lines += run.score(name, {"kind": "given", "model": model}, part)
+                down = {"kind": "given", "model": model}
+                lines += [line for part in ("val", "test") for line in run.score(name, down, part)]
         return lines
 
     def _baselines(self) -> dict[str, Tensors]:
