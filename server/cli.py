@@ -110,9 +110,20 @@ def predict(
 @app.command()
 def evaluate(
     run: RunFolder,
-    images: Annotated[int, typer.Option(min=50, max=100_000, help="how many are made")] = 1000,
+    data: Annotated[
+        list[str] | None, typer.Argument(help="another set: data.root=FOLDER, and what else differs")
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=50, max=100_000, help="of a generator: how many are made")
+    ] = 1000,
 ) -> None:
-    """Judge a generator by what its images are for: classifiers trained on them, diversity, copies."""
+    """Score a run on another set of cases; without one, judge a generator by what its images are for."""
+    if data:
+        from server.external import evaluate as score
+        from server.external import show as show_scored
+
+        show_scored(score(run, data))
+        return
     from server.synthesis import evaluate as judge
     from server.synthesis import show as show_judged
 

@@ -105,7 +105,7 @@ class Metrics:
         Patients' own scores, where sites tell them, go to `scores/`: the latest of each model and split.
         """
         lines, total, counts = [], zero, []
-        line = _noised_line if covers(self._plan, model) else _line
+        line = _noised_line if covers(self._plan, model) else line_of
         for site in collected.rows:
             statistics = zero.from_vector(collected.answer(site)["statistics/sum"])
             counts.append(len(statistics.rows))
@@ -131,14 +131,15 @@ class Metrics:
             write_atomic(path, blob)
 
 
-def _line(statistics: Statistics, round: int, split: str, model: str, site: str) -> Line:
+def line_of(statistics: Statistics, round: int, split: str, model: str, site: str) -> Line:
+    """What stands in `metrics.jsonl` of a model's statistics at a site."""
     head = {"round": round, "split": split, "model": model, "site": site, "patients": statistics.patients}
     return head | {name: float(value) for name, value in statistics.value().items()}
 
 
 def _noised_line(statistics: Statistics, round: int, split: str, model: str, site: str) -> Line:
     """The same of noised sums: no metric of what stayed home, and no interval, which knows no noise."""
-    line = _line(statistics, round, split, model, site)
+    line = line_of(statistics, round, split, model, site)
     line["patients"] = max(0, statistics.patients)
     known = {
         n for n, v in told(statistics).value().items() if math.isfinite(v) and n[-3:] not in ("_lo", "_hi")

@@ -116,7 +116,7 @@ class Federation:
         Raises:
             Stop: what `federate` raises, and fewer sites than are asked.
         """
-        entries = _cached(data)
+        entries = cached(data)
         if data.folds and any(e.split for e in entries.entries):
             note(f"data.folds={data.folds}: the manifest's own split does not count")
         sites = federate(entries.entries, data, entries.labels)
@@ -200,7 +200,7 @@ class Hospitals:
         return self.federation.site(name, self.folder, self.bench, code_digest())
 
 
-def _cached(data: Data) -> Cache:
+def cached(data: Data) -> Cache:
     """The cache of `data.root`, brought up to date."""
     root = Path(data.root).absolute()
     folder = Path(data.cache).absolute() if data.cache else default_cache(root)
