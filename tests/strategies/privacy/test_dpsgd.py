@@ -82,7 +82,7 @@ def by_hand(patients: Sequence[Batch], clip: float) -> Tensor:
     st.booleans(),
     st.sampled_from([0, 1, 2]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_one_patient_moves_the_sum_by_the_clip_norm_at_most(
     others: list[tuple[int, float]], kind: str, place: int, clip: float, mapped: bool, chunk: int
 ) -> None:
