@@ -104,7 +104,8 @@ class Ridge(Summed):
 class Components(Ridge):
     """Least squares on the first principal components (Massy, 1965): `Ridge`'s sums, another solution.
 
-    Known are `mean` `F`, `axes` `K x F`, `explained` K and `total` (variances) beside the `weights`.
+    Known are `mean` `F`, `axes` `K x F`, `explained` K and `total` (variances) beside the `weights`. They are
+    of all values, so a case in which one is unknown is left out.
 
     Attributes:
         most: components at most; never more than there are dimensions with variance.
@@ -112,9 +113,19 @@ class Components(Ridge):
 
     most: int = 16
 
+    @property
+    def _grams(self) -> int:
+        return 1
+
+    def accumulate(self, case: Case, known: Sums) -> Sums:
+        """This case's products."""
+        if bool(self.target.regressors(case).isnan().any()):
+            return self.zero()
+        return super().accumulate(case, known)
+
     def solve(self, sums: Sums, known: Sums) -> Sums:
         """Mean and covariance come out of the products with one, the axes out of the covariance."""
-        gram, moment = sums["gram"], sums["moment"]
+        gram, moment = sums["gram"][0], sums["moment"]
         cases = gram[-1, -1].clamp_min(1)
         mean = gram[-1, :-1] / cases
         covariance = gram[:-1, :-1] / cases - torch.outer(mean, mean)
