@@ -101,7 +101,9 @@ def test_a_cluster_that_does_not_answer_is_one_line() -> None:
     assert "runtime.ray_address is '127.0.0.1:1'; no cluster answers there" in done.stderr
 
 
-def test_a_killed_driver_leaves_no_process(tmp_path: Path) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def orphans() -> list[psutil.Process]:
+    """What a driver leaves that is killed first: Ray takes a minute to notice, meanwhile the tests run."""
     script = (
         "import time\nfrom conf.schema import Runtime\nfrom server.cluster import cluster\n"
         "with cluster(Runtime(name='ray', workers=1)):\n    print('up', flush=True)\n    time.sleep(120)"
@@ -115,9 +117,13 @@ def test_a_killed_driver_leaves_no_process(tmp_path: Path) -> None:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "up\n"
         started = psutil.Process(driver.pid).children(recursive=True)
-        assert started
         driver.kill()
+    return started
+
+
+def test_a_killed_driver_leaves_no_process(orphans: list[psutil.Process]) -> None:
+    assert orphans
     deadline = time.monotonic() + 90
-    while (alive := [p for p in started if p.is_running()]) and time.monotonic() < deadline:
+    while (alive := [p for p in orphans if p.is_running()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not alive
