@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import nn
 
 from client.budget import Purpose
 from client.ledger import Ledger, Reservation
 from client.step import Stepper, precision
 from conf.schema import Plan
-from strategies.base import Correct
 from strategies.privacy import accountant
 from strategies.privacy.dpsgd import Clipper, Mechanism
 from strategies.privacy.preflight import gradients
-from tasks.base import Batch, Phase, Task
+from tasks.base import Batch, Task
 from tasks.data.cache import Entry
 from tasks.seeds import generator
 
@@ -30,23 +29,19 @@ class PrivateStepper(Stepper):
     the noise, and so costs nothing.
     """
 
-    def __init__(
-        self,
-        phase: Phase,
-        model: nn.Module,
-        plan: Plan,
-        correct: Correct | None,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        super().__init__(phase, model, plan, correct, parameters, optimizer)
-        self._mechanism = Mechanism.of(plan)
-        self._clipper = Clipper(
-            phase,
-            model,
-            clip=plan.privacy.clip,
-            chunk=plan.local.micro_chunk,
-            mapped=gradients(plan) == "vmap",
+    @cached_property
+    def _mechanism(self) -> Mechanism:
+        return Mechanism.of(self._plan)
+
+    @cached_property
+    def _clipper(self) -> Clipper:
+        """One for a training: its clip norm moves from step to step where the plan lets it."""
+        return Clipper(
+            self.phase,
+            self._model,
+            clip=self._plan.privacy.clip,
+            chunk=self._plan.local.micro_chunk,
+            mapped=gradients(self._plan) == "vmap",
         )
 
     def _backward(self, batch: Sequence[Batch]) -> None:

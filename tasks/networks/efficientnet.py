@@ -62,17 +62,6 @@ def efficientnet(
         "bn1",
     )
     layers = OrderedDict((name, net.get_submodule(f"_{name}")) for name in names)
-    names = (
-        "conv_stem_padding",
-        "conv_stem",
-        "bn0",
-        "swish",
-        "blocks",
-        "conv_head_padding",
-        "conv_head",
-        "bn1",
-    )
-    layers = OrderedDict((name, net.get_submodule(f"_{name}")) for name in names)
     features = net.get_submodule("_conv_head").out_channels
     if not isinstance(features, int):
         raise TypeError("MONAI has changed its EfficientNet")
