@@ -259,6 +259,10 @@ class Data(Frozen):
     label_map: dict[Own, int] | Literal["nonzero"] | None = Field(
         None, description="file values and names to classes; nonzero: 0 stays 0, every other value is 1"
     )
+    annotates: dict[SiteName, tuple[int, ...]] | None = Field(
+        None,
+        description="by site, the classes that its masks of training and validation tell; other sites all",
+    )
     sites: int = Field(
         0, ge=0, description="deal patients out to this many sites when there is no site column"
     )

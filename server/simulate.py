@@ -37,7 +37,7 @@ from strategies.base import Tensors
 from strategies.code import code_digest
 from tasks.base import Task
 from tasks.data.cache import Cache, Entry, default_cache
-from tasks.data.dealing import federate
+from tasks.data.dealing import federate, narrowed
 from tasks.data.ingest import ingest
 from tasks.data.released import Released
 from tasks.seeds import generator
@@ -119,7 +119,7 @@ class Federation:
         entries = cached(data)
         if data.folds and any(e.split for e in entries.entries):
             note(f"data.folds={data.folds}: the manifest's own split does not count")
-        sites = federate(entries.entries, data, entries.labels)
+        sites = narrowed(federate(entries.entries, data, entries.labels), data.annotates or {})
         for setting in ("cohort", "min_replies"):
             if (asked := getattr(plan.federation, setting)) > len(sites):
                 raise Stop(Exit.CONFIG, f"federation.{setting} is {asked}; there are {len(sites)} sites")

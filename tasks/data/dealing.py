@@ -57,6 +57,28 @@ def federate(entries: Sequence[Entry], data: Data, labels: LabelsOf) -> dict[str
     return _split_all(dealt, data, classes, data.fold)
 
 
+def narrowed(sites: Mapping[str, Parts], annotates: Mapping[str, tuple[int, ...]]) -> dict[str, Parts]:
+    """The same, where some sites annotate some classes only; test patients keep what they have.
+
+    Raises:
+        Stop: (`CONFIG`) no such site.
+    """
+    if stray := sorted(annotates.keys() - sites.keys()):
+        raise Stop(
+            Exit.CONFIG, f"data.annotates has {', '.join(stray)}; sites are {', '.join(sorted(sites))}"
+        )
+    return {
+        name: {
+            part: tuple(
+                e if part == "test" or name not in annotates else replace(e, annotates=annotates[name])
+                for e in own
+            )
+            for part, own in parts.items()
+        }
+        for name, parts in sites.items()
+    }
+
+
 def patient_classes(entries: Sequence[Entry], data: Data, labels: LabelsOf) -> dict[str, float | None]:
     """Each patient's class: the most frequent one of its cases, of equally frequent ones the lowest.
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from conf.exits import Exit, Stop
 from conf.schema import Columns, Data
 from tasks.data.cache import Entry
-from tasks.data.dealing import federate, in_order, patient_classes
+from tasks.data.dealing import federate, in_order, narrowed, patient_classes
 from tasks.data.folds import fold_of
 from tasks.data.splits import Parts
 
@@ -248,3 +248,17 @@ def test_a_fold_or_stretch_that_cannot_be(given: dict[str, object], message: str
 def test_settings_that_do_not_go_together(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         data(**given)
+
+
+def test_some_sites_annotate_less_but_test_patients_keep_all() -> None:
+    cases = [entry(f"{s}{i}", site=s, split=("train", "val", "test")[i % 3]) for s in "ab" for i in range(9)]
+    sites = federate(cases, data(), nothing)
+    made = narrowed(sites, {"a": (1,)})
+    assert made["b"] == sites["b"]
+    assert made["a"]["test"] == sites["a"]["test"]
+    for part in ("train", "val"):
+        assert [e.annotates for e in made["a"][part]] == [(1,)] * 3
+        assert tuple(replace(e, annotates=None) for e in made["a"][part]) == sites["a"][part]
+    with pytest.raises(Stop, match=r"data\.annotates has c; sites are a, b") as stop:
+        narrowed(sites, {"c": (1,)})
+    assert stop.value.exit is Exit.CONFIG
