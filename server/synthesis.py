@@ -17,6 +17,7 @@ from torch import Tensor
 from conf.exits import Exit, Stop
 from conf.files import write_atomic
 from server.checkpoint import result
+from server.report.table import ABSENT
 from server.runfolder import RunFolder
 from server.simulate import Federation
 from strategies import build_strategy
@@ -148,12 +149,15 @@ def picture(made: Pictures, real: Pictures) -> bytes:
     for kind in real.kinds:
         own = made.of(kind)[: _ROWS * _WIDE]
         rows += [*torch.split(own, _WIDE), real.of(kind)[:_WIDE]]
-    sheet = np.concatenate(
-        [np.concatenate([_flat(image) for image in row], 1) for row in rows if len(row) == _WIDE]
-    )
+    sheet = np.concatenate([np.concatenate([_flat(image) for image in _full(row)], 1) for row in rows])
     out = BytesIO()
     Image.fromarray(sheet).save(out, "PNG")
     return out.getvalue()
+
+
+def _full(row: Tensor) -> Tensor:
+    """A row of fewer images, black at its end."""
+    return torch.cat([row, row.new_full((_WIDE - len(row), *row.shape[1:]), -1.0)])
 
 
 def _flat(image: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -171,5 +175,5 @@ def show(found: Judged) -> None:
 
     table = Table("maker", *COLUMNS, title="tested on held-out patients", title_justify="left")
     for name, figures in found.items():
-        table.add_row(name, *(f"{figures[column]:.3f}" for column in COLUMNS))
+        table.add_row(name, *(f"{figures[c]:.3f}" if c in figures else ABSENT for c in COLUMNS))
     Console().print(table)

@@ -6,6 +6,7 @@ is for whoever holds them: a researcher's simulation, or a hospital that judges 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,11 +92,11 @@ def classifier(
 
 
 def auroc(judge: Trunk, test: Pictures) -> float:
-    """Mean over the classes of each against the others."""
+    """Mean over the classes of each against the others; NaN where there is one class alone."""
     with torch.no_grad():
         shares = torch.cat([judge(part) for part in torch.split(test.images, 256)]).softmax(1)
-    areas = [Ranking.of_scores(shares[:, k], test.labels == k).value()["auroc"] for k in test.kinds]
-    return sum(areas) / len(areas)
+    ranked = [Ranking.of_scores(shares[:, k], test.labels == k).value() for k in test.kinds]
+    return sum(found.get("auroc", math.nan) for found in ranked) / len(ranked)
 
 
 def features(judge: Trunk, images: Tensor) -> Tensor:
@@ -105,14 +106,16 @@ def features(judge: Trunk, images: Tensor) -> Tensor:
 
 
 def likeness(seen: Pictures, draw: torch.Generator) -> float:
-    """Mean similarity (SSIM) of two different images of one class, the mean over classes."""
+    """Mean similarity (SSIM) of two different images of one class, the mean over classes of two and more."""
     found = []
     for kind in seen.kinds:
         own = seen.of(kind)
+        if len(own) < 2:
+            continue
         first = torch.randint(len(own), (_PAIRS,), generator=draw)
         other = (first + 1 + torch.randint(len(own) - 1, (_PAIRS,), generator=draw)) % len(own)
         found.append(ssim(own[first], own[other]).mean())
-    return float(torch.stack(found).mean())
+    return float(torch.stack(found).mean()) if found else math.nan
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -156,9 +159,9 @@ def judged(
 ) -> dict[str, float]:
     """All figures of a set of made images.
 
-    `tstr`: trained on made images, tested on held-out ones, AUROC; `trtr`: trained on the training images.
-    `alike`, `alike_real`: `likeness`. `fid`, `mmd`: of the features of the classifier of the training images,
-    made against held-out; `copied`: in pixels; `remembers`: 0 or 1.
+    `tstr`: trained on made images, tested on held-out ones, AUROC; `trtr`: trained on the training images;
+    neither without classes. `alike`, `alike_real`: `likeness`. `fid`, `mmd`: of the features of the
+    classifier of the training images, made against held-out; `copied`: in pixels; `remembers`: 0 or 1.
 
     Args:
         real: `classifier` of the training images.
@@ -166,7 +169,7 @@ def judged(
     draw = torch.Generator().manual_seed(seed)
     ours, theirs = features(real, made.images), features(real, held_out.images)
     share = copied(*(p.images.flatten(1) for p in (made, training, held_out)))
-    return {
+    found = {
         "tstr": auroc(classifier(made, max(training.kinds) + 1, seed, steps=steps), held_out),
         "trtr": auroc(real, held_out),
         "alike": likeness(made, draw),
@@ -176,3 +179,4 @@ def judged(
         "copied": share,
         "remembers": float(remembers(share)),
     }
+    return {name: value for name, value in found.items() if math.isfinite(value)}

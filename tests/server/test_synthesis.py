@@ -12,6 +12,7 @@ from safetensors.torch import load
 from conf.exits import Stop
 from conf.load import compose
 from server.checkpoint import RESULT
+from server.predict import predict
 from server.runfolder import RunFolder
 from server.simulate import simulate
 from server.synthesis import COLUMNS, Trained, evaluate, picture
@@ -96,9 +97,16 @@ def test_a_picture_has_made_rows_and_a_real_one_for_each_class() -> None:
     assert sheet.shape == (2 * 4 * 8, 12 * 8)
     assert (sheet[24:32] == 255).all()
     assert (sheet[:24] == 127).all()
+    few = Pictures(torch.ones(2, 1, 8, 8), torch.arange(2))
+    sheet = np.asarray(Image.open(io.BytesIO(picture(few, few))))
+    assert sheet.shape == (2 * 2 * 8, 12 * 8)
+    assert (sheet[:, :8] == 255).all()
+    assert (sheet[:, 8:] == 0).all()
 
 
 def test_a_run_of_another_task_is_refused(run: Path, tmp_path: Path) -> None:
     other = RunFolder.create(tmp_path / "other", compose(["data.root=x", f"run.dir={tmp_path}/other"]))
     with pytest.raises(Stop, match="trained 'segmentation', which makes no images; use: wardround report"):
         evaluate(other.path)
+    with pytest.raises(Stop, match="makes images of noise, not of images; use: wardround evaluate"):
+        predict(run, tmp_path, tmp_path / "out")

@@ -81,3 +81,15 @@ def test_all_figures_of_good_and_of_useless_images() -> None:
     assert good["mmd"] < useless["mmd"]
     assert good["remembers"] == 0
     assert judged(patients(100, 5), TRAINING, HELD_OUT, real, 0, steps=40) == good
+
+
+def test_without_classes_there_is_no_classifier_to_speak_of() -> None:
+    alone = [Pictures(p.images, torch.zeros_like(p.labels)) for p in (patients(60, 2), TRAINING, HELD_OUT)]
+    found = judged(*alone, classifier(alone[1], 1, 0, steps=2), 0, steps=2)
+    assert set(found) == {"alike", "alike_real", "fid", "mmd", "copied", "remembers"}
+    assert found["remembers"] == 0
+    one = Pictures(TRAINING.images[:3], torch.tensor([0, 0, 1]))
+    pair = Pictures(TRAINING.images[:2], torch.zeros(2, dtype=torch.int64))
+    assert likeness(one, torch.Generator().manual_seed(0)) == pytest.approx(
+        likeness(pair, torch.Generator().manual_seed(0))
+    )
