@@ -58,11 +58,13 @@ class Prediction:
     """What a model says of one case, on the case's own grid.
 
     Attributes:
-        masks: name to `HW[D]` uint8. images: name to `CHW[D]`. scores: name to numbers.
+        masks: name to `HW[D]` uint8. images: name to `CHW[D]`, in raw units. scores: name to numbers.
+        maps: name to `HW[D]`, 0 and more: where in the image something is.
     """
 
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     images: Mapping[str, Tensor] = field(default_factory=dict)
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 

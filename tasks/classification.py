@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from conf.schema import Section
 from tasks.base import Batch, Case, Phase, Prediction, Summed
@@ -23,9 +22,9 @@ from tasks.imaging import Change, Classes, ImageTask, Label, Sides, one_of
 from tasks.linear import Components, Logistic, Prior, Ridge
 from tasks.losses import comparing
 from tasks.metrics import Statistics
-from tasks.models import MODELS
+from tasks.models import network
 from tasks.networks.reader import Reader
-from tasks.predict import device_of
+from tasks.predict import device_of, evaluated
 from tasks.scoring.classes import KINDS
 from tasks.scoring.pointing import pointed, points
 from tasks.targets import TARGETS, Target
@@ -56,9 +55,11 @@ class Classification(ImageTask):
         shift: largest shift in training, in shares of a side.
         mixup: α of Beta(α, α), by which examples of a batch are mixed (Zhang et al., 2018,
             arXiv:1710.09412); 0: they are not.
+        scale: of continuous labels: mean and deviation, public numbers, that the network's outputs are in
+            units of; a prediction is in the label's own.
         dropout_samples: predictions with dropout left on that are averaged (Gal and Ghahramani, 2016,
-            arXiv:1506.02142); 0: one without.
-        cam: whether a prediction has the image `cam`, where the network finds what it says, on the case's
+            arXiv:1506.02142), their deviation beside them as `spread`; 0: one without.
+        cam: whether a prediction has the map `cam`, where the network finds what it says, on the case's
             own grid. Its largest value is in the mask `mask` or not: `pointing`, where a case has one.
     """
 
@@ -73,6 +74,7 @@ class Classification(ImageTask):
     features: Section | None = None
     shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     mixup: Change = 0.0
+    scale: Mapping[Label, tuple[float, Positive]] | None = None
     dropout_samples: Annotated[int, Field(ge=0, le=1000)] = 0
     cam: bool = False
     mask: Label = "mask"
@@ -98,7 +100,12 @@ class Classification(ImageTask):
             "choose another size, model or view",
         )
         if self.dropout_samples:
-            self._check_dropout()
+            self.check_dropout(self.dropout_samples)
+        if self.scale and (self._target.probable or set(self.scale) - set(self.labels)):
+            raise ValueError(
+                f"task.scale has {', '.join(self.scale)}; it is of the labels ({', '.join(self.labels)}) of "
+                f"target continuous (it is {self.target})"
+            )
         if self.cam and (VIEWS[self.view].bag or self.features is not None or not self._target.probable):
             raise ValueError(
                 f"task.cam is true; it needs task.view whole (it is {self.view}), no task.features, and a "
@@ -115,15 +122,6 @@ class Classification(ImageTask):
             self.unchanged(_CHANGES, "task.features are of the images as they are")
             if view.bag:
                 raise ValueError(f"task.view is {self.view!r}; task.features are of the whole image: whole")
-
-    def _check_dropout(self) -> None:
-        with torch.device("meta"):
-            layers = self.build_model().modules()
-        if not any(isinstance(one, _DropoutNd) and one.p for one in layers):
-            raise ValueError(
-                f"task.dropout_samples is {self.dropout_samples}; model {self.model.name!r} has no dropout "
-                "as it is used here: 0, or model.dropout above 0"
-            )
 
     def _shapes(self) -> list[tuple[int, ...]]:
         """Of the network's inputs."""
@@ -178,16 +176,20 @@ class Classification(ImageTask):
         outputs = self._target.outputs
         if self._extractor is not None:
             width = self._extractor.size + self._width
-            vector: nn.Module = MODELS.build(
-                self.model, in_channels=width, out_channels=outputs, dimensions=0
+            vector: nn.Module = network(
+                self.model, "vector", dimensions=0, in_channels=width, out_channels=outputs
             )
             return vector
-        network: nn.Module = MODELS.build(
-            self.model, in_channels=self.channels, out_channels=outputs, dimensions=len(self.size)
+        trunk: nn.Module = network(
+            self.model,
+            "vector",
+            dimensions=len(self.size),
+            in_channels=self.channels,
+            out_channels=outputs,
         )
         if not VIEWS[self.view].bag and not self.columns:
-            return network
-        return Reader.of(network, self.pool if VIEWS[self.view].bag else None, self._width, outputs)
+            return trunk
+        return Reader.of(trunk, self.pool if VIEWS[self.view].bag else None, self._width, outputs)
 
     def prepare(self, case: Case) -> dict[str, Tensor]:
         """The network's inputs and the target.
@@ -198,7 +200,18 @@ class Classification(ImageTask):
         Raises:
             ValueError: the case has no such image or label, or they do not suit the plan.
         """
-        return {**self._read(case), "target": self._target.encode(case)}
+        target = self._target.encode(case)
+        if self.scale:
+            middle, unit = self._units
+            target = (target - middle) / unit
+        return {**self._read(case), "target": target}
+
+    @property
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each label."""
+        pairs = [(self.scale or {}).get(name, (0.0, 1.0)) for name in self.labels]
+        middle, unit = torch.tensor(pairs).T
+        return middle, unit
 
     def _read(self, case: Case) -> dict[str, Tensor]:
         if self._extractor is not None:
@@ -268,33 +281,23 @@ class Classification(ImageTask):
 
     def predict(self, model: nn.Module, case: Case) -> Prediction:
         """`given`: probabilities of the classes or findings, or the values; float64."""
-        read = self._read(case)
+        read, draws = self._read(case), self.dropout_samples
         inputs = [read[name][None].to(device_of(model)) for name in self._inputs]
-        with torch.no_grad():
-            given = self._target.decode(self._outputs(model.eval(), inputs).double())
-        scores = {"given": given.mean(0).cpu()}
+        with torch.no_grad(), evaluated(model, dropout=draws > 0):
+            rows = torch.cat([model(*inputs) for _ in range(max(draws, 1))])
+        given = self._target.decode(rows.double()).cpu()
+        if self.scale:
+            middle, unit = self._units
+            given = given * unit + middle
+        scores = {"given": given.mean(0), **({"spread": given.std(0, correction=0)} if draws else {})}
         if not self.cam:
             return Prediction(scores=scores)
-        found = grad_cam(model, inputs, self._target.evidence)
+        found = grad_cam(model.eval(), inputs, self._target.evidence)
         # the image was stretched onto the input, and is stretched back
-        return Prediction(images={"cam": resample(found[None].cpu(), self._grid(case))}, scores=scores)
+        return Prediction(maps={"cam": resample(found[None].cpu(), self._grid(case))[0]}, scores=scores)
 
     def _grid(self, case: Case) -> tuple[int, ...]:
         return tuple(case.images[self.image].shape[1:])
-
-    def _outputs(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-        """One row, or one a draw of dropout; the draws are the same for every case."""
-        if not self.dropout_samples:
-            rows: Tensor = model(*inputs)
-            return rows
-        for module in model.modules():
-            module.train(isinstance(module, _DropoutNd))
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                return torch.cat([model(*inputs) for _ in range(self.dropout_samples)])
-        finally:
-            model.eval()
 
     def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """This patient's cases that have a label."""
@@ -311,9 +314,9 @@ class Classification(ImageTask):
     def _hits(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> list[tuple[int, bool]]:
         """Of each case with a map and a mask: what is predicted, and whether the map points into the mask."""
         return [
-            (int(said.scores["given"].argmax()), points(said.images["cam"][0], case.masks[self.mask] > 0))
+            (int(said.scores["given"].argmax()), points(said.maps["cam"], case.masks[self.mask] > 0))
             for case, said in zip(cases, predictions, strict=True)
-            if self.mask in case.masks and "cam" in said.images
+            if self.mask in case.masks and "cam" in said.maps
         ]
 
     def unscored(self) -> Statistics:
@@ -330,10 +333,11 @@ class Classification(ImageTask):
         return {"constant": Prior(self._target), "linear": Ridge(self._target, *self._plain())}
 
     def sums(self) -> Mapping[str, Summed]:
-        """The trivial ones, logistic regression, principal components, and the network's temperature."""
+        """The trivial ones, principal components; of probabilities logistic regression and a temperature."""
         plain = self._target, *self._plain()
-        found = {**self.trivial(), "logistic": Logistic(*plain), "pca": Components(*plain)}
+        found = {**self.trivial(), "pca": Components(*plain)}
         if self._target.probable:
+            found["logistic"] = Logistic(*plain)
             found["calibrated"] = Temperature(self._target, self.build_model, self.predict)
         return found
 

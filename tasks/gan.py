@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from conf.exits import Exit, Stop
 from conf.schema import Section
 from tasks.adversarial import DRAWS, Disguise, Game, frozen
 from tasks.base import Batch, Case, Phase, Prediction, Summed
@@ -18,7 +17,7 @@ from tasks.data.resample import resample
 from tasks.imaging import ImageTask, Label, Share, Sides
 from tasks.losses import comparing
 from tasks.metrics import Statistics
-from tasks.models import MODELS, NETWORKS
+from tasks.models import network
 from tasks.predict import device_of
 from tasks.seeds import generator
 from tasks.synthesis import ClassMean, SynthesisStatistics
@@ -43,8 +42,8 @@ class Players(nn.Module):
 
     def __init__(self, **networks: nn.Module) -> None:
         super().__init__()
-        for name, network in networks.items():
-            self.add_module(name, network)
+        for name, player in networks.items():
+            self.add_module(name, player)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,18 +159,17 @@ class Gan(ImageTask):
 
     def build_model(self) -> nn.Module:
         """`generator` and `discriminator`."""
-        sizes = {"dimensions": len(self.size), "classes": self.kinds}
-        for section, shape in ((self.model, "generator"), (self.discriminator, "discriminator")):
-            fitting = [name for name, entry in NETWORKS.items() if entry.shape == shape]
-            if section.name in MODELS and section.name not in fitting:
-                raise Stop(
-                    Exit.CONFIG, f"{section.name!r} is no {shape}; those are {', '.join(sorted(fitting))}"
-                )
+        axes, kinds = len(self.size), self.kinds
+        made = {"in_channels": self.latent, "out_channels": self.channels, "sides": self.size}
         return Players(
-            generator=MODELS.build(
-                self.model, in_channels=self.latent, out_channels=self.channels, sides=self.size, **sizes
+            generator=network(self.model, "generator", dimensions=axes, classes=kinds, **made),
+            discriminator=network(
+                self.discriminator,
+                "discriminator",
+                dimensions=axes,
+                classes=kinds,
+                in_channels=self.channels,
             ),
-            discriminator=MODELS.build(self.discriminator, in_channels=self.channels, **sizes),
         )
 
     def class_of(self, case: Case) -> int:

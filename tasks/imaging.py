@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from conf.exits import Exit, Stop
 from conf.schema import Section
@@ -127,6 +128,20 @@ class ImageTask(Task):
                 Exit.CONFIG,
                 f"task.{setting} is {list(self.sides)}; model {self.model.name!r} cannot take it "
                 f"({reason}); {remedy}",
+            )
+
+    def check_dropout(self, samples: int) -> None:
+        """Refuse to average over the draws of a dropout that is not there.
+
+        Raises:
+            ValueError: the network has none.
+        """
+        with torch.device("meta"):
+            layers = self.build_model().modules()
+        if not any(isinstance(one, _DropoutNd) and one.p for one in layers):
+            raise ValueError(
+                f"task.dropout_samples is {samples}; model {self.model.name!r} has no dropout as it is used "
+                "here: 0, or model.dropout above 0"
             )
 
     @abstractmethod

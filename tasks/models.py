@@ -19,9 +19,13 @@ not be clipped else).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from conf.exits import Exit, Stop
+from conf.schema import Section
 from conf.table import Table
+
+Shape = Literal["map", "vector", "generator", "discriminator"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Network:
     """
 
     builder: str
-    shape: Literal["map", "vector", "generator", "discriminator"]
+    shape: Shape
     gradients: Literal["vmap", "loop", "no DP"] = "vmap"
     dimensions: tuple[int, ...] = (2, 3)
 
@@ -81,6 +85,23 @@ NETWORKS: Mapping[str, Network] = {
 }
 
 MODELS = Table("model", {name: entry.builder for name, entry in NETWORKS.items()})
+
+
+def network(section: Section, shape: Shape, *, dimensions: int, **given: Any) -> Any:
+    """The network that a section names, which must be of this shape and take such input.
+
+    Args:
+        dimensions: of its input; 0: features or a table. given: what else the task knows.
+
+    Raises:
+        Stop: (`UNKNOWN_NAME`, `CONFIG`) it is none, with those that are.
+    """
+    fitting = [n for n, entry in NETWORKS.items() if entry.shape == shape and dimensions in entry.dimensions]
+    if section.name in NETWORKS and section.name not in fitting:
+        words = {"map": "network of maps", "vector": "network of vectors"}.get(shape, shape)
+        of = f"{dimensions}D images" if dimensions else "features or tables"
+        raise Stop(Exit.CONFIG, f"{section.name!r} is no {words} for {of}; those are {', '.join(fitting)}")
+    return MODELS.build(section, dimensions=dimensions, **given)
 
 
 #: what `Network.gradients` says, by name

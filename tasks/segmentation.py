@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -18,7 +19,7 @@ from tasks.data.resample import grid, hardest, resample, resample_mask
 from tasks.imaging import Classes, ImageTask, Label, Millimetres, Share, Sides
 from tasks.losses import comparing
 from tasks.metrics import Statistics
-from tasks.models import MODELS
+from tasks.models import network
 from tasks.predict import mirrored, sliding_window
 from tasks.scoring.overlap import SegmentationStatistics
 from tasks.scoring.surface import Depth
@@ -46,6 +47,9 @@ class Segmentation(ImageTask):
         foreground: share of patches centred on a foreground voxel, its class drawn first.
         overlap: of neighbouring prediction windows.
         flips_at_prediction: whether probabilities are averaged over the images mirrored along `flips`.
+        dropout_samples: predictions with dropout left on whose probabilities are averaged (Gal and
+            Ghahramani, 2016, arXiv:1506.02142), their entropy beside them as map `uncertainty`, 0 to 1;
+            0: one without.
         largest, smallest: see `cleaned`. surface, lesion_iou: see `Depth`.
     """
 
@@ -59,6 +63,7 @@ class Segmentation(ImageTask):
     foreground: Share = 0.5
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     flips_at_prediction: bool = False
+    dropout_samples: Annotated[int, Field(ge=0, le=1000)] = 0
     largest: bool = False
     smallest: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     surface: Annotated[float, Field(ge=0, le=1000)] = 0.0
@@ -90,6 +95,9 @@ class Segmentation(ImageTask):
             "its sides must be multiples of the network's total stride, and at least twice it",
         )
 
+        if self.dropout_samples:
+            self.check_dropout(self.dropout_samples)
+
     @property
     def phases(self) -> tuple[Phase, ...]:
         """One: the loss between the network's logits (side outputs too) and the mask."""
@@ -107,8 +115,9 @@ class Segmentation(ImageTask):
 
     def build_model(self) -> nn.Module:
         """The network the plan names, for this task's channels and classes."""
-        model: nn.Module = MODELS.build(
+        model: nn.Module = network(
             self.model,
+            "map",
             in_channels=self.channels,
             out_channels=len(self.classes),
             dimensions=len(self.patch),
@@ -180,12 +189,16 @@ class Segmentation(ImageTask):
 
     def predict(self, model: nn.Module, case: Case) -> Prediction:
         """Sliding windows at the plan's spacing; probabilities go back to the native grid, then argmax."""
-        image = self._input(case)
+        image, draws = self._input(case), self.dropout_samples
         axes = sorted(set(self.flips)) if self.flips_at_prediction else []
-        scores = mirrored(lambda seen: sliding_window(model, seen, self.patch, self.overlap), image, axes)
-        mask = hardest(scores, case.images[self.image].shape[1:]).cpu()
+        scores = mirrored(
+            lambda seen: sliding_window(model, seen, self.patch, self.overlap, draws=draws), image, axes
+        )
+        shape = case.images[self.image].shape[1:]
+        mask = hardest(scores, shape).cpu()
         mask = cleaned(mask, case.spacing, largest=self.largest, smallest=self.smallest)
-        return Prediction(masks={self.mask: mask})
+        maps = {"uncertainty": resample(_entropy(scores), shape)[0].cpu()} if draws else {}
+        return Prediction(masks={self.mask: mask}, maps=maps)
 
     def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
         """Overlap in the native geometry, averaged over this patient's annotated cases."""
@@ -230,6 +243,11 @@ class Segmentation(ImageTask):
 def _only(mask: Tensor, looked: Tensor) -> Tensor:
     """The mask with background where it has a class that nobody looked for."""
     return mask if looked.all() else torch.where(looked.to(mask.device)[mask.long()], mask, 0)
+
+
+def _entropy(scores: Tensor) -> Tensor:
+    """Of probabilities `K H W[D]`, as a share of the largest there can be: `1 H W[D]`."""
+    return -(scores * scores.clamp_min(1e-12).log()).sum(0, keepdim=True) / math.log(len(scores))
 
 
 def _centres(mask: Tensor, classes: int) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -179,10 +180,18 @@ def test_dropout_is_averaged_the_same_way_each_time() -> None:
         features={"name": "thumbnail"},
         dropout_samples=20,
     )
-    model = task.build_model()
+    model = task.build_model().eval()
     nn.init.normal_(next(model.parameters()), generator=draw())
     once, again = (task.predict(model, case()).scores["given"] for _ in range(2))
     assert torch.equal(once, again)
+    model.train()
+    x = task.prepare(case())["vector"][None]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        rows = np.stack([model(x)[0].softmax(0).numpy() for _ in range(20)])
+    np.testing.assert_allclose(once, rows.mean(0), atol=1e-6)
+    np.testing.assert_allclose(task.predict(model, case()).scores["spread"], rows.std(0), atol=1e-6)
+    model.eval()
     plain = replace(task, dropout_samples=0).predict(model, case()).scores["given"]
     assert not torch.equal(once, plain)
     assert not any(module.training for module in model.modules())
@@ -196,10 +205,21 @@ def test_dropout_is_averaged_the_same_way_each_time() -> None:
             Exit.CONFIG,
             "loss is 'dice', which does not compare classes; use one of: .*class_focal",
         ),
-        ({"model": {"name": "unet", "channels": [4, 8]}}, Exit.CONFIG, "model 'unet' cannot take it"),
+        (
+            {"model": {"name": "unet", "channels": [4, 8]}},
+            Exit.CONFIG,
+            "'unet' is no network of vectors for 2D images; those are resnet, ",
+        ),
+        ({"model": {"name": "linear"}}, Exit.CONFIG, "'linear' is no network of vectors for 2D images"),
+        ({"scale": {"label": [1.0, 2.0]}}, Exit.CONFIG, r"task.scale has label; .* \(it is classes\)"),
+        (
+            {"target": "continuous", "scale": {"age": [1.0, 2.0]}},
+            Exit.CONFIG,
+            r"task.scale has age; it is of the labels \(label\)",
+        ),
         ({"target": "continuous", "mixup": 0.2}, Exit.CONFIG, "task.mixup is 0.2; it mixes classes"),
         ({"labels": ["a", "b"]}, Exit.CONFIG, r"task.labels is \['a', 'b'\]; this target is one label"),
-        ({"features": {"name": "hog"}}, Exit.CONFIG, "model.dimensions"),
+        ({"features": {"name": "hog"}}, Exit.CONFIG, "for features or tables; those are linear, mlp"),
         ({"features": {"name": "magic"}}, Exit.UNKNOWN_NAME, "features is 'magic'; known: .*hog"),
         ({"flips": [2]}, Exit.CONFIG, r"task.flips is \[2\]"),
         (
@@ -244,3 +264,20 @@ def test_a_finding_is_yes_or_no() -> None:
     task = built(target="multilabel", labels=["label", "other"])
     with pytest.raises(ValueError, match="findings are 0 or 1"):
         task.prepare(case(0.5))
+
+
+def test_values_are_learned_in_units_of_their_deviation_and_predicted_in_their_own() -> None:
+    labels, scale = ["age", "label"], {"age": [60.0, 12.0]}
+    plain, scaled = (built(target="continuous", labels=labels, scale=s) for s in (None, scale))
+    one = case(2.0, age=66.0)
+    assert scaled.prepare(one)["target"].tolist() == [0.5, 2.0]
+    gone = scaled.prepare(replace(one, labels={"label": 2.0}))["target"]
+    assert gone.isnan().tolist() == [True, False]
+    torch.manual_seed(0)
+    model = plain.build_model()
+    raw, own = (t.predict(model, one).scores["given"].numpy() for t in (plain, scaled))
+    np.testing.assert_allclose(own, raw * [12.0, 1.0] + [60.0, 0.0], rtol=1e-6)
+    error = scaled.score([one], [scaled.predict(model, one)]).value()
+    assert error["mae_0"] == pytest.approx(abs(own[0] - 66.0))
+    # a probability of an age there is none
+    assert set(scaled.sums()) == {"constant", "linear", "pca"}

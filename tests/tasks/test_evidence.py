@@ -62,9 +62,9 @@ def test_the_map_is_where_the_evidence_is_known_to_be(shape: tuple[int, ...], by
     task = built(len(shape), normalise="window", window=[-3, 3])
     one = case(shape, (20,) * len(shape), (4,) * len(shape), by)
     said = task.predict(known(), one)
-    heat = said.images["cam"]
-    assert heat.shape == (1, *shape)
-    found = torch.tensor(torch.unravel_index(heat[0].argmax(), shape))
+    heat = said.maps["cam"]
+    assert heat.shape == shape
+    found = torch.tensor(torch.unravel_index(heat.argmax(), shape))
     bright = by == 2.0
     assert int(said.scores["given"].argmax()) == bright
     at = 20 if bright else 4
@@ -94,8 +94,8 @@ def test_every_network_of_vectors_has_maps_and_predicts_as_without(name: str, di
     model = task.build_model()
     one = case((34,) * dimensions, (20,) * dimensions, (4,) * dimensions, 1.0)
     said = task.predict(model, one)
-    assert said.images["cam"].shape == (1, *(34,) * dimensions)
-    assert said.images["cam"].isfinite().all()
+    assert said.maps["cam"].shape == (34,) * dimensions
+    assert said.maps["cam"].isfinite().all()
     assert all(p.grad is None for p in model.parameters())
     given = built(dimensions, name, columns={"age": [60, 10]}, cam=False).predict(model, one).scores["given"]
     assert torch.equal(given, said.scores["given"])
@@ -103,12 +103,12 @@ def test_every_network_of_vectors_has_maps_and_predicts_as_without(name: str, di
 
 def test_hits_add_over_patients_and_small_cells_stay_home() -> None:
     task = built()
-    heat = torch.zeros(1, 64, 48)
-    heat[0, 21, 21] = 1
+    heat = torch.zeros(64, 48)
+    heat[21, 21] = 1
     one = case((64, 48), (20, 20), (4, 4), 1.0)
-    hit = Prediction(images={"cam": heat}, scores={"given": torch.tensor([0.2, 0.8])})
-    miss = Prediction(images={"cam": heat.flip(1)}, scores={"given": torch.tensor([0.2, 0.8])})
-    other = Prediction(images={"cam": heat}, scores={"given": torch.tensor([0.7, 0.3])})
+    hit = Prediction(maps={"cam": heat}, scores={"given": torch.tensor([0.2, 0.8])})
+    miss = Prediction(maps={"cam": heat.flip(0)}, scores={"given": torch.tensor([0.2, 0.8])})
+    other = Prediction(maps={"cam": heat}, scores={"given": torch.tensor([0.7, 0.3])})
     plain = Prediction(scores={"given": torch.tensor([0.7, 0.3])})  # of a predictor without maps
     parts = [task.score([one, one], [hit, miss]), task.score([one], [hit]), task.score([one], [other])]
     total = sum([*parts, task.score([one], [plain])], task.statistics())

@@ -1,7 +1,7 @@
 import copy
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from conf.exits import Stop
 from conf.schema import Section
-from tasks.models import GRADIENTS, MODELS
+from tasks.models import GRADIENTS, MODELS, NETWORKS, Shape, network
 from tests.small_networks import ENTRIES, LEVELS, MAPS, SIDES, SMALL, section, sides, small, takes
 
 NORMS = ("instance", "group")
@@ -114,3 +114,13 @@ def test_side_outputs_are_counted() -> None:
     assert len(small("unet_plus_plus", 2)(x)) == 4
     with pytest.raises(ValueError, match=r"model\.deep_supervision is 2; 3 levels have at most 1"):
         small("dyn_unet", 2, deep_supervision=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(n, s) for n, e in NETWORKS.items() for s in get_args(Shape) if s != e.shape]
+)
+def test_a_network_of_another_shape_is_refused_with_those_that_fit(name: str, shape: Shape) -> None:
+    with pytest.raises(Stop, match=f"'{name}' is no .* for 2D images; those are ") as stop:
+        network(Section(name=name), shape, dimensions=2, in_channels=1)
+    named = str(stop.value).rpartition("those are ")[2].split(", ")
+    assert named == [n for n, e in NETWORKS.items() if e.shape == shape and 2 in e.dimensions]

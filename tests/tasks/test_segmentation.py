@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import entropy  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from conf.exits import Exit, Stop
 from conf.schema import Plan, Section
 from tasks.base import Case, Prediction, Summed, Task, build_task
 from tasks.metrics import Statistics
+from tasks.predict import sliding_window
 from tasks.segmentation import Segmentation
 
 SMALL = {"name": "unet", "channels": [4, 8], "residual_units": 0}
@@ -365,3 +367,22 @@ def test_building_a_task_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(task, Task)
     assert task.model == Section.model_validate(SMALL)
+
+
+def test_uncertainty_is_the_entropy_of_what_dropout_says() -> None:
+    small = {"name": "basic_unet", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.5}
+    given = {"patch": [32, 32], "dropout_samples": 5, "largest": True}
+    task = built(given, model=small)
+    torch.manual_seed(0)
+    model, one = task.build_model(), case((32, 32), (1.0, 1.0))
+    with torch.no_grad():
+        said = task.predict(model, one)
+        again = task.predict(model, one)
+        scores = sliding_window(model, task.prepare(one)["image"], [32, 32], 0.5, draws=5)
+    wanted = entropy(scores.numpy(), axis=0) / np.log(3)
+    np.testing.assert_allclose(said.maps["uncertainty"].numpy(), wanted, atol=1e-5)
+    assert torch.equal(said.maps["uncertainty"], again.maps["uncertainty"])
+    assert 0 < wanted.min() < wanted.max() <= 1
+    assert task.score([one], [said]).value().keys() == built().score([one], [said]).value().keys()
+    with pytest.raises(Stop, match="model 'unet' has no dropout as it is used here"):
+        built({"dropout_samples": 5})
