@@ -14,7 +14,7 @@ from tasks.base import Case, Prediction, Summed, Sums
 from tasks.metrics import Statistics, interval
 from tasks.synthesis import ssim
 
-Pair = Callable[[Case], tuple[Tensor, Tensor]]
+Pair = Callable[[Case], tuple[Tensor, Tensor | None]]
 _NAMES = ("psnr", "mae", "ssim")
 #: of the ratio, in dB: that of two equal images has no end
 _BEST = 100.0
@@ -112,7 +112,10 @@ class Affine(Summed):
 
     def accumulate(self, case: Case, known: Sums) -> Sums:
         """The case's."""
-        x, y = (self._scaled(image) for image in self.pair(case))
+        given, wanted = self.pair(case)
+        if wanted is None:
+            return self.zero()
+        x, y = self._scaled(given), self._scaled(wanted)
         moments = torch.stack([x.mean(), y.mean(), (x * x).mean(), (x * y).mean()])
         return {"moments": moments, "cases": torch.ones((), dtype=torch.float64)}
 

@@ -24,7 +24,7 @@ from tasks.gan import Players
 from tasks.imaging import ImageTask, Label, Sides
 from tasks.losses import comparing
 from tasks.metrics import Statistics
-from tasks.models import MODELS
+from tasks.models import network
 from tasks.predict import device_of
 
 Weight = Annotated[float, Field(ge=0, le=1000)]
@@ -37,7 +37,8 @@ class Translation(ImageTask):
 
     Attributes:
         patch: sides of a training patch and of a prediction window.
-        target: name of the image to make.
+        target: name of the image to make. Where a case's image has twice `channels` channels (a NIfTI of
+            four axes), it is a pair: the first half is given, the second is the target.
         soften: mm; above 0 there is no second image: the case's own is the target, and what it is made from
             is that image under a Gaussian kernel of this deviation (a soft CT kernel; the mapping is known).
         discriminator: its network, by name.
@@ -70,9 +71,9 @@ class Translation(ImageTask):
 
         def run(model: nn.Module) -> Tensor:
             image = torch.empty(1, self.channels, *self.patch)
-            for name, network in model.named_children():
+            for name, player in model.named_children():
                 if name not in _MAKERS:
-                    self._critic(network)(image)
+                    self._critic(player)(image)
             return self._image(model.get_submodule("generator"), image)
 
         self.rehearse(
@@ -114,14 +115,22 @@ class Translation(ImageTask):
         return lambda image: call(image, torch.zeros(len(image), dtype=torch.int64, device=image.device))
 
     def _generator(self) -> nn.Module:
-        made: nn.Module = MODELS.build(
-            self.model, in_channels=self.channels, out_channels=self.channels, dimensions=len(self.patch)
+        made: nn.Module = network(
+            self.model,
+            "map",
+            dimensions=len(self.patch),
+            in_channels=self.channels,
+            out_channels=self.channels,
         )
         return made
 
     def _judge(self) -> nn.Module:
-        made: nn.Module = MODELS.build(
-            self.discriminator, in_channels=self.channels, dimensions=len(self.patch), classes=0
+        made: nn.Module = network(
+            self.discriminator,
+            "discriminator",
+            dimensions=len(self.patch),
+            in_channels=self.channels,
+            classes=0,
         )
         return made
 
@@ -135,6 +144,8 @@ class Translation(ImageTask):
         Raises:
             ValueError: the case has none.
         """
+        if both := self._both(case):
+            return both[0]
         image = self.picture(case)
         if not self.soften:
             return image
@@ -144,17 +155,27 @@ class Translation(ImageTask):
         made: Tensor = soft[0] if image.ndim == 3 else soft.movedim(0, -1).contiguous()
         return made
 
-    def pair(self, case: Case) -> tuple[Tensor, Tensor]:
-        """What is given and what is wanted: `C H W[D]` in raw units.
+    def _both(self, case: Case) -> tuple[Tensor, Tensor] | None:
+        """The halves of an image that is a pair."""
+        image = case.images.get(self.image)
+        if self.soften or image is None or len(image) != 2 * self.channels:
+            return None
+        first, second = image.float().split(self.channels)
+        return first, second
+
+    def pair(self, case: Case) -> tuple[Tensor, Tensor | None]:
+        """What is given and what is wanted, None where the case has no such: `C H W[D]` in raw units.
 
         Raises:
-            ValueError: the case lacks one, or they differ in shape.
+            ValueError: the case has no image, or they differ in shape.
         """
+        if both := self._both(case):
+            return both
         given = self.given(case)
         if self.soften:
             return given, self.picture(case)
         if self.target not in case.images:
-            raise ValueError(f"case {case.key} has no image {self.target!r}; it has {sorted(case.images)}")
+            return given, None
         wanted = case.images[self.target].float()
         if wanted.shape != given.shape:
             raise ValueError(
@@ -165,6 +186,11 @@ class Translation(ImageTask):
     def prepare(self, case: Case) -> dict[str, Tensor]:
         """`image` and `target`, `C H W[D]`."""
         given, wanted = self.pair(case)
+        if wanted is None:
+            raise ValueError(
+                f"case {case.key} has no image {self.target!r}; it has {sorted(case.images)}, of "
+                f"{len(given)} channels (a pair in one file has {2 * self.channels})"
+            )
         return {"image": self.normalised(given), "target": self.normalised(wanted)}
 
     def batch(self, examples: Sequence[Mapping[str, Tensor]], draw: torch.Generator) -> Batch:
@@ -219,12 +245,13 @@ class Translation(ImageTask):
         return self.clip if self.normalise == "fixed" else self.window
 
     def scored(self, cases: Sequence[Case], predictions: Sequence[Prediction]) -> Statistics:
-        """Fidelity to the target within `bounds`, the mean over this patient's cases."""
+        """Fidelity to the target within `bounds`, the mean over this patient's cases that have one."""
         pairs = [
-            (self.pair(case)[1], prediction.images[self.target])
+            (wanted, prediction.images[self.target])
             for case, prediction in zip(cases, predictions, strict=True)
+            if (wanted := self.pair(case)[1]) is not None
         ]
-        return FidelityStatistics.of_patient(pairs, self.bounds)
+        return FidelityStatistics.of_patient(pairs, self.bounds) if pairs else self.unscored()
 
     def unscored(self) -> FidelityStatistics:
         """No patient."""
@@ -242,15 +269,17 @@ class Translation(ImageTask):
 class Unpaired(Translation):
     """Unpaired (CycleGAN: Zhu et al., 2017, arXiv:1703.10593): two ways there and back, two discriminators.
 
-    No patient's both images are trained on: a digest of the patient's key says which one is.
+    No patient's both images are trained on: of a pair, a digest of the patient's key says which one is.
 
     Attributes:
+        domain: the label that says which of the two an image is that is no pair: 0 is given, 1 the target.
         same: for `distance`, how much an image counts that has what the network is to give and should come
             out as it is (section 5.2). Not for filters: one that sharpens sharpens sharp images too.
     """
 
     distance: Weight = 10.0
     same: Annotated[float, Field(ge=0, le=10)] = 0.5
+    domain: Label = "domain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -310,18 +339,34 @@ class Unpaired(Translation):
         )
 
     def prepare(self, case: Case) -> dict[str, Tensor]:
-        """The one image, under the name of the generator that takes it; zeros in the other's place."""
-        given, wanted = (self.normalised(image) for image in self.pair(case))
-        first = hashlib.sha256(case.patient.encode()).digest()[0] % 2 == 0
-        shown = torch.tensor(float(first))
-        none = torch.zeros_like(given)
+        """The one image, under the name of the generator that takes it; zeros in the other's place.
+
+        Raises:
+            ValueError: the case is no pair, and does not say which of the two its image is.
+        """
+        given, wanted = self.pair(case)
+        if wanted is None:
+            first = self._kind(case) == 0
+        else:
+            first = hashlib.sha256(case.patient.encode()).digest()[0] % 2 == 0
+        image = self.normalised(given if first or wanted is None else wanted)
+        shown, none = torch.tensor(float(first)), torch.zeros_like(image)
         return {
-            "image": given if first else wanted,
-            "generator": given if first else none,
-            "generator_back": none if first else wanted,
+            "image": image,
+            "generator": image if first else none,
+            "generator_back": none if first else image,
             "of_generator": shown,
             "of_generator_back": 1 - shown,
         }
+
+    def _kind(self, case: Case) -> float:
+        found = case.labels.get(self.domain)
+        if found is None or found not in (0, 1):
+            raise ValueError(
+                f"case {case.key} is no pair, and its label {self.domain!r} is {found}; need 0 (given) or 1 "
+                "(target) (settings: task.domain, data.columns.labels)"
+            )
+        return found
 
 
 _MAKERS = ("generator", "generator_back")

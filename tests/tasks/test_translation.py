@@ -183,3 +183,45 @@ def test_a_case_without_a_target_is_translated_and_not_trained_on() -> None:
     made = task("pix2pix")
     with torch.no_grad():
         assert made.predict(players(made), alone).images["target"].shape == case(0).images["target"].shape
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_image_of_twice_the_channels_is_a_pair(name: str) -> None:
+    made, named = task(name, channels=2), case(0)
+    first, second = named.images["image"].repeat(2, 1, 1), named.images["target"].repeat(2, 1, 1)
+    apart = replace(named, images={"image": first, "target": second})
+    joined = replace(named, images={"image": torch.cat([first, second])})
+    for a, b in zip(made.pair(apart), made.pair(joined), strict=True):
+        assert torch.equal(a, b)
+    ready = [made.prepare(one) for one in (apart, joined)]
+    assert all(torch.equal(t, ready[1][n]) for n, t in ready[0].items())
+    with torch.no_grad():
+        said = [made.predict(players(made).eval(), one) for one in (apart, joined)]
+    assert torch.equal(said[0].images["target"], said[1].images["target"])
+    assert made.score([joined], said[1:]).value() == made.score([apart], said[:1]).value()
+    odd = replace(named, images={"image": torch.cat([first, second[:1]])})
+    with pytest.raises(ValueError, match=r"3 channels; need task\.channels=2"):
+        made.prepare(odd)
+
+
+def test_images_that_are_no_pair_say_which_they_are() -> None:
+    made, pair = task("cyclegan"), case(0)
+    single = {name: replace(pair, images={"image": image}) for name, image in pair.images.items()}
+    with pytest.raises(
+        ValueError, match=r"is no pair, and its label 'domain' is None; need 0 \(given\) or 1"
+    ):
+        made.prepare(single["image"])
+    for kind, name in enumerate(("image", "target")):
+        one = replace(single[name], labels={"domain": float(kind)})
+        ready, wanted = made.prepare(one), pair.images[name] / 50 - 1
+        own, other = (("generator", "generator_back"), ("generator_back", "generator"))[kind]
+        torch.testing.assert_close(ready[own], wanted)
+        assert (ready[other] == 0).all()
+        assert [float(ready[f"of_{side}"]) for side in (own, other)] == [1, 0]
+        with torch.no_grad():
+            said = made.predict(players(made).eval(), one)
+        # nothing to hold it against; a pair's patient still is
+        assert made.score([one], [said]).patients == 0
+        assert made.score([one, pair], [said, said]).patients == 1
+        row = made.trivial()["affine"]
+        assert not any(tensor.any() for tensor in row.accumulate(one, {}).values())
