@@ -12,12 +12,10 @@ from pydantic import ValidationError
 from conf.exits import Exit, Stop
 from conf.files import write_atomic
 from conf.schema import Data, complaint
-from server.checkpoint import result
 from server.evaluate import Line, line_of
+from server.predict import model_of
 from server.runfolder import RunFolder
 from server.simulate import cached
-from strategies import build_strategy
-from tasks.base import build_task
 from tasks.data.cache import Cache, Entry
 
 #: what a run's data setting is for a set that names neither sites nor splits
@@ -33,12 +31,12 @@ def evaluate(run: Path, overrides: list[str]) -> list[Line]:
         overrides: `data.root=FOLDER` and whatever else differs from the run's own data settings.
 
     Raises:
-        Stop: (`CONFIG`) a setting, or cases that do not suit the plan; (`NO_CASES`) none could be scored.
+        Stop: (`CONFIG`) a setting, cases that do not suit the plan, a run without one model; (`NO_CASES`)
+            none could be scored.
     """
     folder = RunFolder.open(run)
-    settings, task = folder.settings, build_task(folder.settings.plan)
+    settings, (task, says) = folder.settings, model_of(folder)
     cache = cached(_data(settings.data, overrides))
-    says = build_strategy(settings.plan).says(task, result(run))
     lines, total = [], task.statistics()
     for site, patients in _by_site(cache).items():
         own = task.statistics()

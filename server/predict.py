@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from conf.exits import Exit, Stop
-from conf.schema import Columns
+from conf.schema import Columns, Plan
 from server.checkpoint import result
 from server.progress import note
 from server.runfolder import RunFolder
 from strategies import build_strategy
 from tasks.base import Case, Prediction, Task, build_task
 from tasks.data import images, nifti
+from tasks.gan import Gan
 from tasks.temperature import Temperature
 
 VOLUMES = (".nii", ".nii.gz")
@@ -32,9 +33,9 @@ TEMPERATURE = "temperature.json"
 def predict(run: Path, source: Path, out: Path) -> int:
     """Write what a run's model says of an image, or of every image in a folder.
 
-    Masks are written per image: NIfTI for volumes (voxels in RAS+ order, the affine with them), PNG for
-    pictures, holding class numbers; `cam` lies red over a picture. Scores go to
-    `scores.csv`, a line a number.
+    Written per image: NIfTI for volumes (voxels in RAS+ order, the affine with them), PNG for pictures. Masks
+    hold class numbers, made images raw values; a map lies red over a picture. Scores go to `scores.csv`, a
+    line a number.
 
     Args:
         source: NIfTI or picture, as the run was trained on.
@@ -47,26 +48,27 @@ def predict(run: Path, source: Path, out: Path) -> int:
         Stop: (`NO_RUN`, `RUN_EXISTS`, `NO_CASES`, `CONFIG`) with what is missing.
     """
     folder = RunFolder.open(run)
-    plan, columns = folder.settings.plan, folder.settings.data.columns
-    strategy = build_strategy(plan)
-    if not strategy.whole and not strategy.personalises:
-        raise Stop(Exit.CONFIG, f"{run}: strategy {plan.strategy.name} left a part of the model at each site")
-    weights, task = result(run), build_task(plan)
+    task, says = model_of(folder)
+    if isinstance(task, Gan):
+        raise Stop(Exit.CONFIG, f"{run} makes images of noise, not of images; use: wardround evaluate {run}")
+    if table := task.reads().get("task.columns"):
+        raise Stop(
+            Exit.CONFIG,
+            f"{run} also reads {', '.join(table)}, which no image holds; predict has images alone "
+            "(cases of a manifest are scored by: wardround evaluate RUN data.root=FOLDER)",
+        )
     if out.exists():
         raise Stop(Exit.RUN_EXISTS, f"{out} exists; give a new folder: --out DIR")
     found = dict(_found(source))
     if not found:
         raise Stop(Exit.NO_CASES, f"{source} holds no image ({', '.join((*VOLUMES, *images.SUFFIXES))})")
-    says = strategy.says(task, weights)
-    tempered = _tempered(run, task)
     out.mkdir(parents=True)
     rows, done = [], 0
     for path, name in found.items():
         try:
-            case = read(path, name, columns)
+            case = read(path, name, folder.settings.data.columns)
             with torch.no_grad():
                 said = says(case)
-            said = tempered(said)
         except (ValueError, RuntimeError) as error:  # a file or a grid that does not fit: the others may
             note(f"left out: {path}: {str(error).splitlines()[0]}")
             continue
@@ -79,6 +81,26 @@ def predict(run: Path, source: Path, out: Path) -> int:
     if not done:
         raise Stop(Exit.NO_CASES, f"no image of {source} could be predicted; the reasons stand above")
     return done
+
+
+def model_of(folder: RunFolder) -> tuple[Task, Callable[[Case], Prediction]]:
+    """A run's task, and what its result says of a case, at the temperature it was calibrated to.
+
+    Raises:
+        Stop: (`CONFIG`) no one model is the result; (`NO_RUN`, `CHECKPOINT_DAMAGED`) there is none.
+    """
+    run, plan = folder.path, folder.settings.plan
+    if not one_model(plan):
+        raise Stop(Exit.CONFIG, f"{run}: strategy {plan.strategy.name} left a part of the model at each site")
+    task = build_task(plan)
+    says, tempered = build_strategy(plan).says(task, result(run)), _tempered(run, task)
+    return task, lambda case: tempered(says(case))
+
+
+def one_model(plan: Plan) -> bool:
+    """Whether what a run comes to is one model, of which no part stays at a site."""
+    strategy = build_strategy(plan)
+    return strategy.whole or strategy.personalises
 
 
 def read(path: Path, name: str, columns: Columns) -> Case:
@@ -116,18 +138,24 @@ def _found(source: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _draw(said: Prediction, case: Case, stem: Path) -> None:
-    """Write the masks of a prediction, and where it was found."""
+    """Write the masks, images and maps of a prediction."""
+    under = next(iter(case.images.values()))
     for name, mask in said.masks.items():
-        values = mask.cpu().numpy().astype(np.uint8)
-        if values.ndim == 3:
-            _volume(values, case, f"{stem}_{name}.nii.gz")
-        else:
-            Image.fromarray(values).save(f"{stem}_{name}.png")
-    if (heat := said.images.get("cam")) is not None:
-        if heat.ndim == 4:
-            _volume(heat[0].numpy(), case, f"{stem}_cam.nii.gz")
-        else:
-            Image.fromarray(_overlay(next(iter(case.images.values())), heat[0])).save(f"{stem}_cam.png")
+        _write(mask.cpu().numpy().astype(np.uint8), case, f"{stem}_{name}")
+    for name, image in said.images.items():
+        _write(image.movedim(0, -1).squeeze(-1).cpu().numpy(), case, f"{stem}_{name}")
+    for name, heat in said.maps.items():
+        _write(heat.cpu().numpy() if heat.ndim == 3 else _overlay(under, heat), case, f"{stem}_{name}")
+
+
+def _write(values: np.ndarray[Any, Any], case: Case, stem: str) -> None:
+    """An array on a case's grid, channels last: NIfTI, or for pictures PNG (16 bits where 8 are too few)."""
+    if len(case.spacing) == 3:
+        _volume(values, case, f"{stem}.nii.gz")
+        return
+    whole = values.round().clip(0, 65_535)
+    kind = np.uint8 if whole.max(initial=0) <= 255 or whole.ndim == 3 else np.uint16
+    Image.fromarray(whole.clip(0, np.iinfo(kind).max).astype(kind)).save(f"{stem}.png")
 
 
 def _volume(values: np.ndarray[Any, Any], case: Case, path: str) -> None:

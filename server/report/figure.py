@@ -31,8 +31,9 @@ WIDE = 4
 def figure(run: Path, examples: Sequence[tuple[str, Case, Prediction]], out: Path) -> None:
     """Draw a PNG of example slices, truth against prediction, and of the metric over the rounds.
 
-    A volume is shown by the axial slice with most foreground, in radiological view (the patient's right
-    on the left, front above).
+    Masks are contours; a made image stands beside its title's; of scores the title says the numbers. A volume
+    is shown by the axial slice with most foreground (else the middle one), in radiological view (the
+    patient's right on the left, front above).
 
     Args:
         run: its directory, with `plan.json` and `metrics.jsonl`.
@@ -50,30 +51,42 @@ def figure(run: Path, examples: Sequence[tuple[str, Case, Prediction]], out: Pat
         for position, (site, case, prediction) in enumerate(examples):
             _example(page.add_subplot(grid[divmod(position, columns)]), site, case, prediction, plan["task"])
         _curves(page.add_subplot(grid[rows, :]), found)
-        if examples:
+        if any(prediction.masks for _, _, prediction in examples):
             _legend(page, plan["task"].get("classes", []))
         page.savefig(out, dpi=150)
 
 
 def _example(axes: Axes, site: str, case: Case, prediction: Prediction, task: dict[str, Any]) -> None:
-    image_name, mask_name = task.get("image", "image"), task.get("mask", "mask")
-    truth = case.masks[mask_name].numpy()
-    told = prediction.masks[mask_name].numpy()
-    image = case.images[image_name][0].numpy()
+    made = next(iter(prediction.images.values()), None)
+    image = (case.images[task.get("image", "image")] if made is None else made)[0].numpy()
+    both = {"solid": case.masks, "dashed": prediction.masks} if made is None else {}
+    name = task.get("mask", "mask")
+    outlines = {style: masks[name].numpy() for style, masks in both.items() if name in masks}
     aspect = case.spacing[0] / case.spacing[1]
-    if truth.ndim == 3:
-        z = int((truth > 0).sum(axis=(0, 1)).argmax())
+    if image.ndim == 3:
+        truth = outlines.get("solid", np.zeros(image.shape))
+        z = int((truth > 0).sum(axis=(0, 1)).argmax()) if truth.any() else image.shape[2] // 2
         # x grows to the patient's right and y to the front: right goes left, front goes up
-        image, truth, told = (np.flip(array[:, :, z].T, (0, 1)) for array in (image, truth, told))
+        image, *flat = (np.flip(array[:, :, z].T, (0, 1)) for array in (image, *outlines.values()))
+        outlines = dict(zip(outlines, flat, strict=True))
         aspect = case.spacing[1] / case.spacing[0]
     low, high = task["window"] if task.get("normalise") == "window" else np.percentile(image, (1, 99))
+    if made is not None:
+        low, high = np.percentile(image, (0, 100))
     axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
-    for k in range(1, max(int(truth.max()), int(told.max())) + 1):
-        colour = COLOURS[(k - 1) % len(COLOURS)]
-        _contour(axes, truth == k, colour, "solid")
-        _contour(axes, told == k, colour, "dashed")
-    axes.set_title(site, fontsize=9)
+    for style, mask in outlines.items():
+        for k in range(1, int(mask.max()) + 1):
+            _contour(axes, mask == k, COLOURS[(k - 1) % len(COLOURS)], style)
+    axes.set_title("\n".join([site, *_words(case, prediction)]), fontsize=9)
     axes.set_axis_off()
+
+
+def _words(case: Case, prediction: Prediction) -> list[str]:
+    """What is true of a case and what is said of it, in numbers."""
+    if "given" not in prediction.scores:
+        return []
+    truth = " ".join(f"{value:g}" for value in case.labels.values())
+    return [f"{truth or 'unknown'} → {' '.join(f'{v:.2f}' for v in prediction.scores['given'].tolist())}"]
 
 
 def _contour(axes: Axes, region: NDArray[np.bool_], colour: str, style: str) -> None:

@@ -14,7 +14,7 @@ from conf.exits import Exit, Stop
 
 Record = Mapping[str, Any]
 #: what a table shows where nobody chose: the first of these that the run has
-METRICS = ("dice_mean", "auroc", "accuracy", "psnr", "mae", "tstr", "frechet", "loss")
+METRICS = ("dice_mean", "kappa_quadratic", "auroc", "accuracy", "psnr", "mae", "tstr", "frechet", "loss")
 #: order of rows; what a site trained stands in between, by name
 MODELS = ("federated", "personal", "pooled", "local", "linear", "atlas", "identity", "constant")
 ABSENT = "–"
@@ -82,8 +82,8 @@ def results(found: Sequence[Record], metric: str | None = None) -> Results:
     if not found:
         raise Stop(Exit.NO_RUN, "the run has no evaluation yet; continue it with wardround resume")
     have = {key for record in found for key in record}
-    metric = metric or next((name for name in METRICS if name in have), "loss")
-    if metric not in have:
+    asked, metric = metric, metric or next((name for name in METRICS if name in have), "loss")
+    if asked and metric not in have:
         known = ", ".join(sorted(have - {"round", "split", "model", "site"}))
         raise Stop(Exit.CONFIG, f"metric is {metric!r}; this run has: {known}")
     split = "test" if any(record["split"] == "test" for record in found) else "val"

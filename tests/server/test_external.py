@@ -11,7 +11,9 @@ from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
 from conf.exits import Exit, Stop
 from server.external import evaluate
-from server.predict import predict
+from server.predict import TEMPERATURE, predict
+from server.report.examples import examples
+from server.report.figure import figure
 from tests.server.test_calibrate import run
 
 
@@ -43,3 +45,27 @@ def test_another_set_is_scored_by_site_and_kept_apart(tmp_path: Path) -> None:
         with pytest.raises(Stop, match=text) as stop:
             evaluate(path, wrong)
         assert stop.value.exit == code
+
+
+def test_the_temperature_counts_there_too_and_half_a_model_is_not_scored(tmp_path: Path) -> None:
+    for name in ("own", "other", "bn"):
+        (tmp_path / name).mkdir()
+    path = run(tmp_path / "own")
+    run(tmp_path / "other", "federation.rounds=1", "local.steps=1")
+    before = evaluate(path, [f"data.root={tmp_path / 'other'}"])[-1]
+    (path / TEMPERATURE).write_text('{"temperature": 1e6}')
+    after = evaluate(path, [f"data.root={tmp_path / 'other'}"])[-1]
+    # at that temperature every probability is one half
+    assert after["brier"] == pytest.approx(0.25, abs=1e-4) != before["brier"]
+    assert after["auroc"] == pytest.approx(before["auroc"], abs=1e-3)
+    short = ["federation.rounds=1", "local.steps=1", "strategy=fedper", "strategy.keep=[head.bias]"]
+    home = run(tmp_path / "bn", *short)
+    with pytest.raises(Stop, match="fedper left a part of the model at each site") as stop:
+        evaluate(home, [f"data.root={tmp_path / 'other'}"])
+    assert stop.value.exit is Exit.CONFIG
+    assert examples(home) == []
+    # a table's picture: what is true, and what is said
+    shown = examples(path)
+    assert [site for site, *_ in shown] == ["a", "b"]
+    figure(path, shown, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000

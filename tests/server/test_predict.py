@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -98,3 +99,47 @@ def test_a_picture_shows_where_the_evidence_is(tmp_path: Path) -> None:
         values = np.asarray(shown).astype(int)
     assert (values[..., 0] >= values[..., 1]).all()
     assert (values[..., 1] == values[..., 2]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_pair_or_its_first_half_becomes_the_image_that_is_made(tmp_path: Path, channels: int) -> None:
+    given = ["task=pix2pix", "model=srcnn", "loss=least_squares", "task.patch=[8,8,8]", "task.window=[0,100]"]
+    small = ["task.discriminator={name: patch_gan, width: 4, levels: 1, norm: spectral, groups: 1}"]
+    study = trained(tmp_path / "run", *given, *small)
+    values = np.random.default_rng(0).uniform(0, 100, (9, 10, 8, 2)).astype(np.float32)[..., :channels]
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "x.nii")  # type: ignore[no-untyped-call]
+    assert predict(tmp_path / "run", tmp_path / "x.nii", tmp_path / "out") == 1
+    (path,) = (tmp_path / "out").iterdir()
+    assert path.name == "x_target.nii.gz"
+    made = np.asarray(nib.load(path).dataobj)  # type: ignore[no-untyped-call]
+    case = read(tmp_path / "x.nii", "x", compose(["data.root=."]).data.columns)
+    first = replace(case, images={"image": case.images["image"][:1]})
+    with torch.no_grad():
+        wanted = study.task.predict(study.fresh().eval(), first).images["target"]
+    assert np.array_equal(made, wanted[0].numpy())
+
+
+@pytest.mark.parametrize(("peak", "mode"), [(255, "L"), (1000, "I;16")])
+def test_a_made_picture_keeps_its_values(tmp_path: Path, peak: int, mode: str) -> None:
+    given = ["task=pix2pix", "model=srcnn", "loss=least_squares", "task.patch=[8,8]", "task.soften=1"]
+    small = ["task.discriminator={name: patch_gan, width: 4, levels: 1, norm: spectral, groups: 1}"]
+    study = trained(tmp_path / "run", *given, *small, f"task.window=[0,{peak}]")
+    flat = np.random.default_rng(0).integers(peak // 2, peak, (12, 10)).astype(np.uint16)
+    Image.fromarray(flat.astype(np.uint8) if peak < 256 else flat).save(tmp_path / "x.png")
+    assert predict(tmp_path / "run", tmp_path / "x.png", tmp_path / "out") == 1
+    case = read(tmp_path / "x.png", "x", compose(["data.root=."]).data.columns)
+    with torch.no_grad():
+        wanted = study.task.predict(study.fresh().eval(), case).images["target"][0]
+    with Image.open(tmp_path / "out" / "x_target.png") as made:
+        assert made.mode == mode
+        assert np.abs(np.asarray(made, dtype=float) - wanted.clamp(0, peak).numpy()).max() <= 0.5
+
+
+def test_a_model_that_also_reads_a_table_is_not_fed_images_alone(tmp_path: Path) -> None:
+    given = ["task=classification", "model=lenet", "task.size=[32,32]", "task.columns={age: [50, 10]}"]
+    trained(tmp_path / "run", *given)
+    Image.fromarray(np.zeros((40, 30), dtype=np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(Stop, match="also reads age, which no image holds") as stop:
+        predict(tmp_path / "run", tmp_path / "x.png", tmp_path / "out")
+    assert stop.value.exit is Exit.CONFIG
+    assert not (tmp_path / "out").exists()

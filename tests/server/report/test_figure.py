@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,18 @@ def test_no_validation_patients_is_said_not_drawn(run: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     figure(run, [], run / "x.png")
     assert (run / "x.png").stat().st_size > 1000
+
+
+def test_a_made_image_is_shown_and_scores_are_said(
+    run: Path, shown: list[tuple[np.ndarray, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **_: titles.append(text))
+    flat, own = np.zeros((6, 8)), np.full((6, 8), 7.0)
+    made = Prediction(images={"target": torch.tensor(own)[None]})
+    said = Prediction(scores={"given": torch.tensor([0.25, 0.75])})
+    known = case(flat, flat, (1.0, 1.0))
+    figure(run, [("a", known, made), ("b", replace(known, labels={"label": 1.0}), said)], run / "x.png")
+    np.testing.assert_array_equal(shown[0][0], own)
+    np.testing.assert_array_equal(shown[1][0], flat)
+    assert titles == ["a", "b\n1 \u2192 0.25 0.75"]
