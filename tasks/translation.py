@@ -160,7 +160,7 @@ class Translation(ImageTask):
         image = case.images.get(self.image)
         if self.soften or image is None or len(image) != 2 * self.channels:
             return None
-        first, second = image.float().split(self.channels)
+        first, second = torch.split(image.float(), self.channels)
         return first, second
 
     def pair(self, case: Case) -> tuple[Tensor, Tensor | None]:

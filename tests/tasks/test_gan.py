@@ -235,8 +235,11 @@ def test_a_prediction_repeats_and_takes_only_the_class() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"model": "unet"}, "'unet' is no generator; those are dcgan"),
-        ({"discriminator": "dcgan"}, "'dcgan' is no discriminator; those are dcgan_discriminator"),
+        ({"model": "unet"}, "'unet' is no generator for 2D images; those are dcgan"),
+        (
+            {"discriminator": "dcgan"},
+            "'dcgan' is no discriminator for 2D images; those are dcgan_discriminator",
+        ),
         ({"loss": "dice"}, "loss is 'dice', which does not compare game; use one of: hinge"),
         ({"size": [9, 8]}, r"sides are \[9, 8\]; with model.levels=2 they must be multiples of 4"),
         ({"gamma": 0.5}, r"task.gamma is 0.5"),

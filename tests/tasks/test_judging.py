@@ -84,8 +84,10 @@ def test_all_figures_of_good_and_of_useless_images() -> None:
 
 
 def test_without_classes_there_is_no_classifier_to_speak_of() -> None:
-    alone = [Pictures(p.images, torch.zeros_like(p.labels)) for p in (patients(60, 2), TRAINING, HELD_OUT)]
-    found = judged(*alone, classifier(alone[1], 1, 0, steps=2), 0, steps=2)
+    made, training, held_out = (
+        Pictures(p.images, torch.zeros_like(p.labels)) for p in (patients(60, 2), TRAINING, HELD_OUT)
+    )
+    found = judged(made, training, held_out, classifier(training, 1, 0, steps=2), 0, steps=2)
     assert set(found) == {"alike", "alike_real", "fid", "mmd", "copied", "remembers"}
     assert found["remembers"] == 0
     one = Pictures(TRAINING.images[:3], torch.tensor([0, 0, 1]))
