@@ -281,3 +281,23 @@ def test_values_are_learned_in_units_of_their_deviation_and_predicted_in_their_o
     assert error["mae_0"] == pytest.approx(abs(own[0] - 66.0))
     # a probability of an age there is none
     assert set(scaled.sums()) == {"constant", "linear", "pca"}
+
+
+def test_a_plan_read_from_its_canonical_form_reads_the_same_table() -> None:
+    """Columns are inputs of the network, subgroups places in a sum: their order must not be the author's."""
+    given = {
+        "columns": {"weight": [70, 10], "sex": 2, "age": [60, 12]},
+        "subgroups": {"sex": ["F"], "age": ["x"]},
+    }
+    task = {"name": "classification", "size": [32, 32], "features": {"name": "none"}, **given}
+    rest = {"model": {"name": "linear"}, "loss": {"name": "class_cross_entropy"}}
+    plan = Plan.model_validate({"task": task, **rest, "strategy": {"name": "fedavg"}})
+    again = Plan.model_validate_json(plan.canonical())
+    assert again.digest == plan.digest
+    here, there = build_task(plan), build_task(again)
+    one = replace(case(), table={"age": 66.0, "sex": 1.0, "weight": 80.0}, groups={"sex": "F"})
+    assert here.prepare(one)["vector"].tolist() == [0.5, 0, 0, 1, 0, 1, 0]
+    assert torch.equal(here.prepare(one)["vector"], there.prepare(one)["vector"])
+    model = here.build_model()
+    sums = [t.score([one], [t.predict(model, one)]) for t in (here, there)]
+    assert sums[0].value() == sums[1].from_vector(sums[0].to_vector()).value()
