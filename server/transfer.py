@@ -30,7 +30,7 @@ def begin(settings: Settings) -> tuple[Settings, bytes]:
     if settings.init is None:
         return settings, b""
     study, path = Study.of(settings.plan), Path(settings.init)
-    made = match(study.initial, tensors(path))
+    made = match(study.initial, named(study.initial, tensors(path)))
     if not made.taken:
         there, here = (", ".join(list(names)[:3]) for names in (made.unused, study.initial))
         raise Stop(
@@ -41,6 +41,19 @@ def begin(settings: Settings) -> tuple[Settings, bytes]:
     blob = pack(made.tensors)
     plan = settings.plan.model_copy(update={"init": digest(blob)})
     return settings.model_copy(update={"plan": plan}), blob
+
+
+def named(own: Mapping[str, Tensor], given: Tensors) -> Tensors:
+    """Given tensors by the model's names: as they are, or with a prefix more or less, as most of them fit.
+
+    A network within another (a bag's reader, a translator) has one more, a file of `DataParallel` too.
+    """
+    more = {n.removesuffix(g) for n in own for g in given if n.endswith(f".{g}")}
+    less = {g.removesuffix(n) for n in own for g in given if g.endswith(f".{n}")}
+    ways = [given]
+    ways += [{prefix + n: t for n, t in given.items()} for prefix in sorted(more)]
+    ways += [{n.removeprefix(prefix): t for n, t in given.items()} for prefix in sorted(less)]
+    return max(ways, key=lambda way: sum(n in own and own[n].shape == t.shape for n, t in way.items()))
 
 
 def told(made: Match, study: Study) -> list[str]:

@@ -17,7 +17,7 @@ from conf.exits import Exit, Stop
 from conf.load import compose
 from conf.schema import Data, Plan, Settings
 from server.checkpoint import Progress, save
-from server.transfer import begin, initial, tensors
+from server.transfer import begin, initial, named, tensors
 from strategies.base import Study
 from strategies.protocol import Instruction, Refused, Reply, Tree, digest, pack, unpack
 from tests.client.desk import Desk, code
@@ -77,6 +77,20 @@ def test_what_does_not_fit_begins_anew_and_is_told(
     assert "layers.1.running_mean [4]" in said[1]
     assert said[2] == "there, but not of this model: head [2]"
     assert said[3].startswith("frozen, though they begin anew: layers.3.weight")
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_network_is_found_again_within_another(wrapped: bool) -> None:
+    inner = {"body.0.weight": torch.ones(3, 3), "head.weight": torch.ones(2, 3)}
+    outer = {f"trunk.{name}": tensor * 2 for name, tensor in inner.items()}
+    # an own head of the same shape does not win over all the rest
+    own, given = ({**outer, "head.weight": torch.zeros(2, 3)}, inner) if wrapped else (inner, outer)
+    made = named(own, given)
+    assert {n: t.data_ptr() for n, t in made.items()} == {
+        (f"trunk.{n}" if wrapped else n.removeprefix("trunk.")): t.data_ptr() for n, t in given.items()
+    }
+    assert named(given, given) is given
+    assert named({"x": torch.ones(1)}, given) is given
 
 
 def pickled(folder: Path) -> Path:
