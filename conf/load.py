@@ -134,7 +134,7 @@ def _arguments(argv: Sequence[str]) -> Namespace:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            arguments: Namespace = get_args_parser().parse_args(list(argv))
+            arguments: Namespace = get_args_parser().parse_intermixed_args(list(argv))
     except SystemExit as stop:
         if not stop.code:
             raise

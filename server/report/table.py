@@ -84,7 +84,8 @@ def results(found: Sequence[Record], metric: str | None = None) -> Results:
     have = {key for record in found for key in record}
     asked, metric = metric, metric or next((name for name in METRICS if name in have), "loss")
     if asked and metric not in have:
-        known = ", ".join(sorted(have - {"round", "split", "model", "site"}))
+        facts, beside = ("round", "split", "model", "site"), ("_lo", "_hi", "_bound")
+        known = ", ".join(sorted(k for k in have.difference(facts) if not k.endswith(beside)))
         raise Stop(Exit.CONFIG, f"metric is {metric!r}; this run has: {known}")
     split = "test" if any(record["split"] == "test" for record in found) else "val"
     # later evaluations replace earlier ones

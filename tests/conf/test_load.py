@@ -259,7 +259,7 @@ def test_a_run_gets_a_dated_folder_and_hydra_writes_nothing(empty: Path) -> None
 
 
 def test_a_sweep_numbers_its_folders_and_writes_nothing(empty: Path) -> None:
-    jobs = run("-m", ROOT, "run.dir=here/", "strategy=fedprox", "strategy.mu=0.1,0.2", "seed=range(0,2)")
+    jobs = run(ROOT, "-m", "run.dir=here/", "strategy=fedprox", "strategy.mu=0.1,0.2", "seed=range(0,2)")
     assert [job.run.dir for job in jobs] == ["here-0", "here-1", "here-2", "here-3"]
     assert [(job.plan.strategy.parameters["mu"], job.plan.seed) for job in jobs] == [
         (0.1, 0),
