@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conf.files import write_atomic
 from conf.schema import Data, complaint
 from server.evaluate import Line, line_of
 from server.predict import model_of
+from server.report.table import draw, results
 from server.runfolder import RunFolder
 from server.simulate import cached
 from tasks.data.cache import Cache, Entry
@@ -87,9 +89,4 @@ def _by_site(cache: Cache) -> dict[str, list[list[Entry]]]:
 
 def show(lines: list[Line]) -> None:
     """Print them."""
-    from rich.console import Console
-
-    from server.report.table import results
-
-    made = results([line | {"split": "test"} for line in lines])
-    Console().print(made.markdown())
+    draw(replace(results([line | {"split": "test"} for line in lines]), split="another set"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from conf.exits import Exit, Stop
 from conf.files import write_atomic
 from server.checkpoint import result
-from server.report.table import ABSENT
+from server.report.table import ABSENT, whole
 from server.runfolder import RunFolder
 from server.simulate import Federation
 from strategies import build_strategy
@@ -170,10 +170,9 @@ def _flat(image: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 def show(found: Judged) -> None:
     """Print the figures as a table, and whether the generator remembers its patients."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("maker", *COLUMNS, title="tested on held-out patients", title_justify="left")
     for name, figures in found.items():
         table.add_row(name, *(f"{figures[c]:.3f}" if c in figures else ABSENT for c in COLUMNS))
-    Console().print(table)
+    whole(table)

@@ -31,9 +31,9 @@ WIDE = 4
 def figure(run: Path, examples: Sequence[tuple[str, Case, Prediction]], out: Path) -> None:
     """Draw a PNG of example slices, truth against prediction, and of the metric over the rounds.
 
-    Masks are contours; a made image stands beside its title's; of scores the title says the numbers. A volume
-    is shown by the axial slice with most foreground (else the middle one), in radiological view (the
-    patient's right on the left, front above).
+    Masks are contours; a made image is shown in the place of the case's; scores stand in the title, after the
+    truth. A volume is shown by the axial slice with most foreground (else the middle one), in radiological
+    view (the patient's right on the left, front above).
 
     Args:
         run: its directory, with `plan.json` and `metrics.jsonl`.

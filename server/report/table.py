@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from conf.exits import Exit, Stop
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Record = Mapping[str, Any]
 #: what a table shows where nobody chose: the first of these that the run has
@@ -127,14 +130,21 @@ def show(run: Path, *, metric: str | None = None, markdown: bool = False) -> Non
     Raises:
         Stop: as `records` and `results`.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     made = results(records(run), metric)
     if markdown:
         typer.echo(made.markdown())
         return
+    draw(made)
+    typer.echo(f"patients in brackets; run: {run}")
+    if line := promise(run):
+        typer.echo(line)
+
+
+def draw(made: Results) -> None:
+    """Print a result table on standard output."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(
         title=made.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False
     )
@@ -144,13 +154,16 @@ def show(run: Path, *, metric: str | None = None, markdown: bool = False) -> Non
         # the interval goes below its value: five columns fit a terminal of 80
         cells = (cell.replace(" [", "\n[") for cell in row)
         table.add_row(*cells, style="bold" if row[0] == "federated" else None)
+    whole(table)
+
+
+def whole(table: Table) -> None:
+    """Print a table as wide as it is: beyond the terminal, lines wrap; numbers are never cut."""
+    from rich.console import Console
+
     console = Console(highlight=False, markup=False)
-    # wider than the terminal, lines wrap; numbers are never cut
     console.width = max(console.width, Console(width=10_000).measure(table).maximum)
     console.print(table)
-    typer.echo(f"patients in brackets; run: {run}")
-    if line := promise(run):
-        typer.echo(line)
 
 
 def place(model: str) -> tuple[int, str]:

@@ -10,14 +10,16 @@ import pytest
 from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 
 from conf.exits import Exit, Stop
-from server.external import evaluate
+from server.external import evaluate, show
 from server.predict import TEMPERATURE, predict
 from server.report.examples import examples
 from server.report.figure import figure
 from tests.server.test_calibrate import run
 
 
-def test_another_set_is_scored_by_site_and_kept_apart(tmp_path: Path) -> None:
+def test_another_set_is_scored_by_site_and_kept_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("own", "other"):
         (tmp_path / name).mkdir()
     path = run(tmp_path / "own")
@@ -35,6 +37,10 @@ def test_another_set_is_scored_by_site_and_kept_apart(tmp_path: Path) -> None:
     oracle = roc_auc_score([truth[n] for n in own.values()], [said[n] for n in own.values()])
     assert lines["all"]["auroc"] == pytest.approx(oracle, abs=1e-6)
     assert (path / "metrics.jsonl").read_bytes() == before
+    capsys.readouterr()
+    show(list(lines.values()))
+    title = capsys.readouterr().out.splitlines()[0]
+    assert title.startswith("auroc on another set")
     kept = next((path / "evaluations").iterdir()).read_text().splitlines()
     assert [json.loads(line)["split"] for line in kept] == ["external"] * 3
     for wrong, code, text in (
