@@ -37,10 +37,6 @@ class Section(BaseModel):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """All but the name, mappings in the order of their keys.
-
-        A plan that was read from its canonical form has them so; what is built from it (a network's inputs,
-        the layout of sums) must not depend on the order that its author had.
-        """
+        """All but the name; mappings in the order of their keys, as where a canonical plan was read."""
         given = (self.__pydantic_extra__ or {}).items()
         return {name: dict(sorted(v.items())) if isinstance(v, dict) else v for name, v in given}
