@@ -108,6 +108,18 @@ def predict(
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    kind: Annotated[str, typer.Option("--format", help="pt2 (a program of torch.export) or safetensors")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="a new file, with the format's suffix")],
+) -> None:
+    """Write a run's model for use elsewhere, and print how it is to be fed."""
+    from server.export import export as write
+
+    typer.echo(write(run, kind, out), nl=False)
+
+
+@app.command()
 def evaluate(
     run: RunFolder,
     data: Annotated[

@@ -15,14 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from conf.exits import Exit, Stop
-from conf.schema import Columns, Plan
+from conf.schema import Columns
 from server.checkpoint import result
 from server.progress import note
 from server.runfolder import RunFolder
 from strategies import build_strategy
-from tasks.base import Case, Prediction, Task, build_task
+from strategies.base import Study
+from tasks.base import Case, Prediction, Task
 from tasks.data import images, nifti
 from tasks.gan import Gan
+from tasks.serving import Servable
 from tasks.temperature import Temperature
 
 VOLUMES = (".nii", ".nii.gz")
@@ -89,18 +91,31 @@ def model_of(folder: RunFolder) -> tuple[Task, Callable[[Case], Prediction]]:
     Raises:
         Stop: (`CONFIG`) no one model is the result; (`NO_RUN`, `CHECKPOINT_DAMAGED`) there is none.
     """
-    run, plan = folder.path, folder.settings.plan
-    if not one_model(plan):
-        raise Stop(Exit.CONFIG, f"{run}: strategy {plan.strategy.name} left a part of the model at each site")
-    task = build_task(plan)
-    says, tempered = build_strategy(plan).says(task, result(run)), _tempered(run, task)
+    run, study = folder.path, Study.of(folder.settings.plan)
+    check_whole(run, study)
+    task = study.task
+    says, tempered = build_strategy(study.plan).says(task, result(run)), _tempered(run, task)
     return task, lambda case: tempered(says(case))
 
 
-def one_model(plan: Plan) -> bool:
-    """Whether what a run comes to is one model, of which no part stays at a site."""
-    strategy = build_strategy(plan)
-    return strategy.whole or strategy.personalises
+def check_whole(run: Path, study: Study) -> None:
+    """Refuse a result that sites keep a part of; what only judges images may stay there.
+
+    Raises:
+        Stop: (`CONFIG`) the run's strategy leaves some tensors at each site.
+    """
+    if home := at_home(study):
+        what = f"strategy {study.plan.strategy.name} left a part of the model at each site"
+        raise Stop(Exit.CONFIG, f"{run}: {what}, {len(home)} tensors such as {home[0]}")
+
+
+def at_home(study: Study) -> list[str]:
+    """What a prediction needs and each site keeps: in a run's result it is as it was before round 1."""
+    plan, task, model = study.plan, study.task, study.fresh()
+    used = task.served(model).network if isinstance(task, Servable) else model
+    # under DP buffers never move, so they are everywhere what they were
+    learned = study.trainable if plan.privacy.mode != "none" else study.initial.keys() - study.frozen
+    return sorted(learned & used.state_dict().keys() - set(build_strategy(plan).shared(study)))
 
 
 def read(path: Path, name: str, columns: Columns) -> Case:

@@ -17,10 +17,10 @@ from torch import Tensor
 from conf.exits import Exit, Stop
 from conf.files import write_atomic
 from server.checkpoint import result
+from server.predict import check_whole
 from server.report.table import ABSENT, whole
 from server.runfolder import RunFolder
 from server.simulate import Federation
-from strategies import build_strategy
 from strategies.base import Study
 from tasks.base import Sums, build_task
 from tasks.gan import Gan
@@ -69,10 +69,7 @@ class Trained:
         torch.set_num_threads(plan.local.threads)
         model.load_state_dict(result(run), strict=False)  # integer buffers never travel
         study = Study.of(plan)
-        still = study.initial.keys() - {*build_strategy(plan).shared(study), *study.frozen}
-        # a discriminator may stay at its site
-        if any(name.startswith("generator.") for name in still):
-            raise Stop(Exit.CONFIG, f"{run}: strategy {plan.strategy.name} left the generator at each site")
+        check_whole(run, study)
         training, held_out, sums = gathered(Federation.of(folder.settings.data, plan), task)
         return cls(task, plan.seed, training, held_out, makers(task, model.eval(), training, sums))
 

@@ -27,6 +27,7 @@ from tasks.networks.reader import Reader
 from tasks.predict import device_of, evaluated
 from tasks.scoring.classes import KINDS
 from tasks.scoring.pointing import pointed, points
+from tasks.serving import Served
 from tasks.targets import TARGETS, Target
 from tasks.temperature import Temperature
 from tasks.views import VIEWS
@@ -190,6 +191,18 @@ class Classification(ImageTask):
         if not VIEWS[self.view].bag and not self.columns:
             return trunk
         return Reader.of(trunk, self.pool if VIEWS[self.view].bag else None, self._width, outputs)
+
+    def served(self, model: nn.Module) -> Served:
+        """The network on what a case is prepared to."""
+        shapes = zip(self._inputs, self._shapes(), strict=True)
+        names = ("target", "labels", "scale", "size", "view", "columns", "features", "dropout_samples")
+        classes = ("classes",) if self._target.single else ()
+        return Served(
+            model,
+            {name: torch.zeros(2, *shape) for name, shape in shapes},
+            ("logits", self._target.reading),
+            self.settings(*classes, *names),
+        )
 
     def prepare(self, case: Case) -> dict[str, Tensor]:
         """The network's inputs and the target.

@@ -20,6 +20,7 @@ from tasks.metrics import Statistics
 from tasks.models import network
 from tasks.predict import device_of
 from tasks.seeds import generator
+from tasks.serving import Served
 from tasks.synthesis import ClassMean, SynthesisStatistics
 
 Count = Annotated[int, Field(ge=1, le=65_536)]
@@ -44,6 +45,15 @@ class Players(nn.Module):
         super().__init__()
         for name, player in networks.items():
             self.add_module(name, player)
+
+
+class _Sampler(Players):
+    """The generator alone."""
+
+    def forward(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        label = torch.zeros_like(noise[:, 0], dtype=torch.int64) if label is None else label
+        made: Tensor = self.get_submodule("generator")(noise, label)
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +180,16 @@ class Gan(ImageTask):
                 classes=kinds,
                 in_channels=self.channels,
             ),
+        )
+
+    def served(self, model: nn.Module) -> Served:
+        """The generator: of standard normal noise, and of classes where some are told apart."""
+        label = {"label": torch.zeros(2, dtype=torch.int64)} if self.kinds else {}
+        return Served(
+            _Sampler(generator=model.get_submodule("generator")),
+            {"noise": torch.zeros(2, self.latent), **label},
+            ("image", "from -1 to 1, the scale of normalised images; noise is standard normal"),
+            self.settings("classes", "size"),
         )
 
     def class_of(self, case: Case) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
@@ -21,6 +21,7 @@ from tasks.data.fingerprint import Survey
 from tasks.data.resample import fixed, window, zscore
 from tasks.metrics import Statistics
 from tasks.scoring.grouped import by_group
+from tasks.serving import Servable
 
 Label = Annotated[str, Field(min_length=1, max_length=64)]
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -31,6 +32,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Axis = Annotated[int, Field(ge=0, le=2)]
 Change = Annotated[float, Field(ge=0, le=4)]
+#: the settings that are each scale of intensities
+SCALES = {"zscore": ("percentiles",), "window": ("window",), "fixed": ("clip", "mean", "deviation")}
 
 
 def one_of(names: Collection[str]) -> AfterValidator:
@@ -45,7 +48,7 @@ def one_of(names: Collection[str]) -> AfterValidator:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTask(Task):
+class ImageTask(Task, Servable):
     """A task whose cases have one image.
 
     Attributes:
@@ -174,6 +177,12 @@ class ImageTask(Task):
         return Augmentation(
             self.flips, self.rotation, self.scaling, self.noise, self.contrast, self.brightness, self.gamma
         )
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        """What an image must be turned into before the network sees it, and the task's settings `names`."""
+        return {
+            name: getattr(self, name) for name in ("channels", "normalise", *SCALES[self.normalise], *names)
+        }
 
     @staticmethod
     def patients(batch: Batch | None) -> Batch:

@@ -23,6 +23,7 @@ from tasks.models import network
 from tasks.predict import mirrored, sliding_window
 from tasks.scoring.overlap import SegmentationStatistics
 from tasks.scoring.surface import Depth
+from tasks.serving import Served
 from tasks.supervision import deep, marginal
 from tasks.trivial import Atlas, Constant, Otsu, Threshold
 
@@ -123,6 +124,23 @@ class Segmentation(ImageTask):
             dimensions=len(self.patch),
         )
         return model
+
+    def served(self, model: nn.Module) -> Served:
+        """The network on windows."""
+        window = torch.zeros(2, self.channels, *self.patch)
+        names = (
+            "classes",
+            "spacing",
+            "stretch",
+            "patch",
+            "overlap",
+            "largest",
+            "smallest",
+            "dropout_samples",
+        )
+        flips = {"flips": self.flips if self.flips_at_prediction else ()}
+        means = "of each class; where windows overlap their mean by a Gaussian, then softmax over axis 1"
+        return Served(model, {"image": window}, ("logits", means), self.settings(*names) | flips)
 
     def prepare(self, case: Case) -> dict[str, Tensor]:
         """Resampled and normalised.

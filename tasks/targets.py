@@ -36,6 +36,9 @@ class Target(ABC):
     probable: ClassVar[bool] = True
     """Whether a prediction is made of probabilities."""
 
+    reading: ClassVar[str] = "of each class; softmax over axis 1"
+    """What a network's outputs are, for whoever runs it elsewhere: `decode` in words."""
+
     def __post_init__(self) -> None:
         if self.single and len(self.labels) != 1:
             raise ValueError(f"task.labels is {list(self.labels)}; this target is one label")
@@ -119,6 +122,8 @@ class Classes(Target):
 class Ordinal(Target):
     """One of K levels in order: K - 1 thresholds, each a yes or no (Frank and Hall, ECML 2001)."""
 
+    reading: ClassVar[str] = "sigmoid, then the running minimum over axis 1: of levels above the k-th"
+
     @property
     def outputs(self) -> int:
         return len(self.classes) - 1
@@ -164,6 +169,8 @@ class _Several(Target):
 class Multilabel(_Several):
     """Several findings, each there or not, or not looked for."""
 
+    reading: ClassVar[str] = "of each label; sigmoid"
+
     def encode(self, case: Case) -> Tensor:
         values = super().encode(case)
         known = values[~values.isnan()]
@@ -192,6 +199,7 @@ class Continuous(_Several):
     """Values such as an age, an ejection fraction."""
 
     probable: ClassVar[bool] = False
+    reading: ClassVar[str] = "of each label; they are its value"
 
     def decode(self, outputs: Tensor) -> Tensor:
         return outputs

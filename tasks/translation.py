@@ -26,9 +26,21 @@ from tasks.losses import comparing
 from tasks.metrics import Statistics
 from tasks.models import network
 from tasks.predict import device_of
+from tasks.serving import Served
 
 Weight = Annotated[float, Field(ge=0, le=1000)]
 _OVERLAP = 0.25
+
+
+class _Translator(Players):
+    """The generator alone, in the way that `make` uses it."""
+
+    def __init__(self, network: nn.Module, make: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__(generator=network)
+        self._make = make
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self._make(self.get_submodule("generator"), image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +149,15 @@ class Translation(ImageTask):
     def build_model(self) -> nn.Module:
         """`generator` and `discriminator`."""
         return Players(generator=self._generator(), discriminator=self._judge())
+
+    def served(self, model: nn.Module) -> Served:
+        """The generator (unpaired: of the target) on windows."""
+        return Served(
+            _Translator(model.get_submodule("generator"), self._image),
+            {"image": torch.zeros(2, self.channels, *self.patch)},
+            (self.target, "on the scale of the normalised input"),
+            self.settings("patch", "soften") | {"overlap": _OVERLAP},
+        )
 
     def given(self, case: Case) -> Tensor:
         """What another image is made of: `C H W[D]` in raw units.

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from server.predict import model_of, one_model
+from server.predict import at_home, model_of
 from server.runfolder import RunFolder
 from server.simulate import Federation
+from strategies.base import Study
 from tasks.base import Case, Prediction
 
 
@@ -21,7 +22,7 @@ def examples(run: Path) -> list[tuple[str, Case, Prediction]]:
         Stop: the run, its newest checkpoint or its data cannot be read.
     """
     folder = RunFolder.open(run)
-    if not one_model(folder.settings.plan):
+    if at_home(Study.of(folder.settings.plan)):
         return []
     _, says = model_of(folder)
     federation = Federation.of(folder.settings.data, folder.settings.plan)

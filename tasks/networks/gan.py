@@ -102,7 +102,7 @@ class _Modulated(nn.Module):
         self.style = nn.Linear(style, 2 * width)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        scale, shift = self.style(style).view(len(x), -1, *[1] * (x.ndim - 2)).chunk(2, 1)
+        scale, shift = self.style(style).view(x.shape[0], -1, *[1] * (x.ndim - 2)).chunk(2, 1)
         return F.leaky_relu(self.norm(x) * (1 + scale) + shift, _LEAK)
 
 
@@ -137,7 +137,7 @@ class Generator(nn.Module):
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
         style = torch.cat([noise, self.classes(label)], 1)
-        x = self.start(style).view(len(noise), -1, *self.first)
+        x = self.start(style).view(noise.shape[0], -1, *self.first)
         for i, up in enumerate(self.up):
             h = up(self.modulated[i](x, style))
             x = h + F.interpolate(self.skips[i](x), scale_factor=2.0) if len(self.skips) else h

@@ -111,7 +111,7 @@ class SequencePool(InstancePool):
         self.cell = nn.LSTMCell(features, hidden)
 
     def join(self, instances: Tensor, mask: Tensor) -> Tensor:
-        state = memory = instances.new_zeros(len(instances), self.features)
+        state = memory = instances.new_zeros(instances.shape[0], self.features)
         for i in range(instances.shape[1]):
             there = mask[:, i].unsqueeze(1)
             after = self.cell(instances[:, i], (state, memory))

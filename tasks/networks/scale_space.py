@@ -64,7 +64,7 @@ class ScaleSpace(nn.Module):
         seen = torch.cat([x, *(made for scale in self.scales for made in _local(x, scale))], 1)
         where = self._where(x)
         mixed = seen.unsqueeze(1) * where[: self.shared].unsqueeze(1)
-        places = where[1:].expand(len(x), *where[1:].shape)
+        places = where[1:].expand(x.shape[0], *where[1:].shape)
         read = torch.cat([mixed.flatten(1, 2), places], 1)
         axes = tuple(range(2, x.ndim))
         read = read - read.mean(axes, keepdim=True)

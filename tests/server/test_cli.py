@@ -73,6 +73,8 @@ def test_help_is_fast_and_loads_nothing_heavy(empty: Path) -> None:
         (["simulate", "data.root=x", "model.channels=[0,1]"], Exit.CONFIG, "model.channels"),
         (["report", "nowhere"], Exit.NO_RUN, "nowhere"),
         (["resume", "nowhere"], Exit.NO_RUN, "nowhere"),
+        (["export", "nowhere", "--format", "pt2", "--out", "x.pt2"], Exit.NO_RUN, "nowhere"),
+        (["export", "x", "--format", "pt3", "--out", "x.pt3"], Exit.UNKNOWN_NAME, "known: pt2, safetensors"),
         (["dance"], Exit.USAGE, "dance"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_discriminator_may_stay_home_and_a_generator_may_not(folder: Path) -> 
     given = [*SETTINGS, f"data.root={folder}/data", "strategy=fedper", "strategy.keep=[generator.*]"]
     other = RunFolder.create(folder / "other", compose([*given, f"run.dir={folder}/other"])).path
     shutil.copy(home / RESULT, other)
-    with pytest.raises(Stop, match="strategy fedper left the generator at each site"):
+    with pytest.raises(Stop, match="strategy fedper left a part of the model at each site"):
         evaluate(other)
 
 
