@@ -7,19 +7,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 import torch
 
+from client.train import Bench
 from conf.schema import Runtime
 from server.cluster import cluster
+from server.exchange.virtual import VirtualExchange
 from server.rounds import Run
 from strategies import STRATEGIES
 from strategies.code import code_digest
 from tests.federation.actors import Hospitals
 from tests.toys import Toys, toy_cases, toy_plan
+
+if TYPE_CHECKING:
+    from server.exchange.ray import Actors
 
 pytestmark = [
     pytest.mark.federation,
@@ -46,46 +53,71 @@ def ray() -> Iterator[None]:
     assert not alive
 
 
-def trained(made: Toys, workers: int, times: int = 0) -> dict[str, bytes]:
-    """Train over actors; how it ended."""
-    from server.exchange.ray import RayExchange
+@dataclass(frozen=True)
+class Crew:
+    """Actors that do one run after the other: each start brings torch anew."""
 
-    torch.set_num_threads(1)
-    (made.folder / "marks").mkdir(parents=True)
-    hospitals = Hospitals(made.folder, made.plan, made.cases, times)
-    with RayExchange(hospitals, workers, blobs=made.folder / "blobs", seed=made.plan.seed) as exchange:
-        study, strategy = hospitals.bench.study(made.plan)
-        sites = list(made.cases)
-        hospitals.__dict__.pop("bench")
-        Run(study, strategy, sites, exchange, made.folder, "run", code_digest()).train()
-    return made.ending()
+    folder: Path
+    actors: Actors
+
+    def trained(self, made: Toys, deadly: int = 0) -> dict[str, bytes]:
+        """Train over the actors, `site_3` ending its own as often as said; how the run ended."""
+        run_id = made.folder.name
+        if deadly:
+            (self.folder / "marks" / f"{run_id}-{deadly}").mkdir(parents=True)
+        torch.set_num_threads(1)
+        exchange = VirtualExchange(self.actors, blobs=made.folder / "blobs", seed=made.plan.seed)
+        study, strategy = Bench("cpu").study(made.plan)
+        Run(study, strategy, list(made.cases), exchange, made.folder, run_id, code_digest()).train()
+        return made.ending()
+
+    def deaths(self, run_id: str) -> int:
+        return len(list((self.folder / "marks").glob(f"{run_id}-*/*")))
 
 
-def toys(folder: Path, strategy: str, rounds: int = 3) -> Toys:
-    plan = toy_plan(strategy, federation={"rounds": rounds}, local={"steps": 2})
+@pytest.fixture(scope="module")
+def crew(request: pytest.FixtureRequest, ray: None, module_ram: Path) -> Iterator[Crew]:
+    from server.exchange.ray import Actors, RayExchange
+
+    folder = module_ram / f"{request.param} actors"
+    hospitals = Hospitals(folder, toy_cases(sites=5, patients=2))
+    with RayExchange(hospitals, request.param, blobs=folder / "blobs", seed=0) as exchange:
+        assert isinstance(exchange.carrier, Actors)
+        yield Crew(folder, exchange.carrier)
+
+
+def toys(folder: Path, strategy: str) -> Toys:
+    plan = toy_plan(strategy, local={"steps": 2})
     return Toys(folder, plan, toy_cases(sites=5, patients=2))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_bytes_of_one_process(strategy: str, ray: None, ram: Path) -> None:
+SOME = ("fedavg", "scaffold", "median")
+
+
+@pytest.mark.parametrize(
+    ("crew", "strategy"),
+    [(2, strategy) for strategy in STRATEGIES] + [(count, strategy) for count in (1, 4) for strategy in SOME],
+    indirect=["crew"],
+)
+def test_the_bytes_of_one_process(crew: Crew, strategy: str, ram: Path) -> None:
     whole = toys(ram / "whole", strategy)
     whole.train()
-    counts = (1, 2, 4) if strategy in ("fedavg", "scaffold", "median") else (2,)
-    for workers in counts:
-        assert trained(toys(ram / str(workers), strategy), workers) == whole.ending(), workers
+    assert crew.trained(toys(ram / strategy, strategy)) == whole.ending()
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "median"])
-def test_a_killed_actor_changes_nothing(strategy: str, ray: None, ram: Path) -> None:
+@pytest.mark.parametrize("crew", [2], indirect=True)
+@pytest.mark.parametrize("strategy", SOME)
+def test_a_killed_actor_changes_nothing(strategy: str, crew: Crew, ram: Path) -> None:
     whole = toys(ram / "whole", strategy)
     whole.train()
-    assert trained(toys(ram / "killed", strategy), workers=2, times=1) == whole.ending()
-    assert len(list((ram / "killed" / "marks").iterdir())) == 1
+    assert crew.trained(toys(ram / f"killed-{strategy}", strategy), deadly=1) == whole.ending()
+    assert crew.deaths(f"killed-{strategy}") == 1
 
 
-def test_a_site_that_kills_twice_is_lost_and_the_others_go_on(ray: None, ram: Path) -> None:
-    trained(toys(ram / "run", "fedavg"), workers=2, times=2)
-    journal = (ram / "run" / "journal.jsonl").read_text()
+@pytest.mark.parametrize("crew", [2], indirect=True)
+def test_a_site_that_kills_twice_is_lost_and_the_others_go_on(crew: Crew, ram: Path) -> None:
+    crew.trained(toys(ram / "twice", "fedavg"), deadly=2)
+    journal = (ram / "twice" / "journal.jsonl").read_text()
     assert '"site": "site_3", "code": "lost_site"' in journal
 
 
@@ -103,14 +135,20 @@ def test_a_cluster_that_does_not_answer_is_one_line() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def orphans() -> list[psutil.Process]:
-    """What a driver leaves that is killed first: Ray takes a minute to notice, meanwhile the tests run."""
+    """What a driver leaves that is killed first: Ray takes a while to notice, meanwhile the tests run."""
     script = (
         "import time\nfrom conf.schema import Runtime\nfrom server.cluster import cluster\n"
         "with cluster(Runtime(name='ray', workers=1)):\n    print('up', flush=True)\n    time.sleep(120)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(PROJECT), "TMPDIR": "/tmp"},
+        # by default it hopes for a minute that its server comes back
+        env={
+            **os.environ,
+            "PYTHONPATH": str(PROJECT),
+            "TMPDIR": "/tmp",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+        },
         stdout=subprocess.PIPE,
         text=True,
     ) as driver:
