@@ -18,6 +18,13 @@ TASKS._entries.update(TOYS)
 DATA = Path(os.environ.get("WARDROUND_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make federation` opens only files that have such tests: the others bring half of all libraries."""
+    if config.option.markexpr != "federation" or not collection_path.name.startswith("test_"):
+        return None
+    return (collection_path.is_file() and "mark.federation" not in collection_path.read_text()) or None
+
+
 @pytest.fixture(scope="session")
 def real() -> Callable[[str], Path]:
     """A real data set by name; missing, it is a loud skip here and a failure in CI."""
