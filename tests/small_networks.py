@@ -50,13 +50,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "scale_space": {"scales": [1.0], "degree": 2, "joint": 1, "hidden": 4},
     "swin_unetr": {"depths": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "window": 2, "norm": "group"},
 }
-#: other than 16 along each axis
-SIDES = {"recurrent_unet": (16, 16, 4), "unetr": (32, 32, 16), "swin_unetr": (64, 32, 32)}
+#: of images and volumes, where not 16 along each axis; in one pass over patients Swin fails on a single token
+SIDES = {
+    "recurrent_unet": ((16, 16), (16, 16, 4)),
+    "unetr": ((32, 32), (32, 32, 16)),
+    "swin_unetr": ((64, 32), (32, 32, 32)),
+}
 
 
 def sides(name: str, dimensions: int) -> tuple[int, ...]:
     """What the small network takes."""
-    return SIDES.get(name, (16,) * dimensions)[:dimensions]
+    return SIDES[name][dimensions - 2] if name in SIDES else (16,) * dimensions
 
 
 def takes(name: str, setting: str) -> bool:
