@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 
 import pytest
@@ -55,9 +56,14 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([g.reshape(-1).double() for g in gradients.values()])
 
 
+@cache  # a sum leaves nothing in it
+def clipper(dtype: torch.dtype, clip: float, mapped: bool, chunk: int) -> Clipper:
+    return Clipper(PHASE, net(dtype), clip=clip, chunk=chunk, mapped=mapped)
+
+
 def total(patients: Sequence[Batch], clip: float = 1.0, *, mapped: bool = True, chunk: int = 0) -> Tensor:
     dtype = patients[0]["x"].dtype if patients else torch.float32
-    return flat(Clipper(PHASE, net(dtype), clip=clip, chunk=chunk, mapped=mapped).total(patients))
+    return flat(clipper(dtype, clip, mapped, chunk).total(patients))
 
 
 def by_hand(patients: Sequence[Batch], clip: float) -> Tensor:
