@@ -56,6 +56,17 @@ class _Sampler(Players):
         return made
 
 
+class Translator(Players):
+    """The generator alone, in the way that `make` uses it."""
+
+    def __init__(self, network: nn.Module, make: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__(generator=network)
+        self._make = make
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self._make(self.get_submodule("generator"), image)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gan(ImageTask):
     """Images of noise.

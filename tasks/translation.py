@@ -20,7 +20,7 @@ from tasks.adversarial import Game, each, frozen
 from tasks.base import Batch, Case, Phase, Prediction, Summed
 from tasks.data.augment import start
 from tasks.fidelity import Affine, FidelityStatistics, Identity
-from tasks.gan import Players
+from tasks.gan import Players, Translator
 from tasks.imaging import ImageTask, Label, Sides
 from tasks.losses import comparing
 from tasks.metrics import Statistics
@@ -30,17 +30,6 @@ from tasks.serving import Served
 
 Weight = Annotated[float, Field(ge=0, le=1000)]
 _OVERLAP = 0.25
-
-
-class _Translator(Players):
-    """The generator alone, in the way that `make` uses it."""
-
-    def __init__(self, network: nn.Module, make: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__(generator=network)
-        self._make = make
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self._make(self.get_submodule("generator"), image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +142,7 @@ class Translation(ImageTask):
     def served(self, model: nn.Module) -> Served:
         """The generator (unpaired: of the target) on windows."""
         return Served(
-            _Translator(model.get_submodule("generator"), self._image),
+            Translator(model.get_submodule("generator"), self._image),
             {"image": torch.zeros(2, self.channels, *self.patch)},
             (self.target, "on the scale of the normalised input"),
             self.settings("patch", "soften") | {"overlap": _OVERLAP},
