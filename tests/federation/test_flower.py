@@ -1,4 +1,7 @@
-"""Runs over a real SuperLink, agents, trainers and coordinator: equal bytes, closed doors."""
+"""Runs over a real SuperLink, agents, trainers and coordinator: equal bytes, closed doors.
+
+And each of these processes is killed once in a round, last, as the tests before count what they see.
+"""
 
 from __future__ import annotations
 
@@ -146,3 +149,63 @@ def test_a_private_run_charges_what_one_process_charges_and_tells_no_exact_metri
     band = 6 * sigma * 6**0.5
     for line in (*lines, *(alone if sigma else ())):
         assert abs(line["patients"] - (6 if line["site"] == "all" else 2)) <= band + 0.5
+
+
+# ---- each process is killed once in a round: the same bytes, and nobody trains twice
+
+SLOW = {"sleep": 3.0}
+
+
+@pytest.fixture
+def slow(loop: ToyLoop) -> Iterator[None]:
+    loop.orders(r2=SLOW)
+    yield
+    loop.orders()
+    for site in SITES:
+        loop.trained(site)
+
+
+#: what is killed while round 2 is trained, and the trainings of `site_1` until the end
+VICTIMS = {
+    "agent-site_1": [1, 2],
+    "superlink": [1, 2],
+    "coordinator": [1, 2],
+    "trainer-site_1": [1, 2, 2],  # its own training is lost with it
+}
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_killed_in_a_round(loop: ToyLoop, victim: str, ram: Path) -> None:
+    # scaffold: sites have a state that must be settled once, and only once
+    plan = toy_plan("scaffold", federation={"rounds": 2})
+    name = f"kill-{victim}"
+    run = loop.submit(name, plan)
+    loop.training("site_1", 2)
+    time.sleep(0.5)
+    began = time.monotonic()
+    loop.kill(victim)
+    assert loop.finish(run) == "completed", f"{time.monotonic() - began:.1f} s after the kill"
+    assert loop.result(name) == locally(ram, plan)
+    assert {site: loop.trained(site) for site in SITES} == {
+        site: VICTIMS[victim] if site == "site_1" else [1, 2] for site in SITES
+    }
+    assert not [entry for entry in loop.journal(name) if "code" in entry]
+
+
+@pytest.mark.usefixtures("slow")
+def test_killed_between_reply_and_fold(loop: ToyLoop, ram: Path) -> None:
+    """The coordinator dies when one reply is in and others are not: the kept one is given again."""
+    loop.orders(r1={"sleep": 0.0}, r2=SLOW)
+    plan = toy_plan(federation={"rounds": 2})
+    run = loop.submit("twice", plan)
+    for site in SITES:
+        loop.training(site, 2)
+    log = loop.folder / "log" / "coordinator.log"
+    loop.until(
+        "an answer of round 2", lambda: log.read_text().rpartition("round 2 of 2: ask")[2].count("answer") > 0
+    )
+    loop.kill("coordinator")
+    assert loop.finish(run) == "completed"
+    assert loop.result("twice") == locally(ram, plan)
+    assert all(loop.trained(site) == [1, 2] for site in SITES)
