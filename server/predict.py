@@ -91,11 +91,19 @@ def model_of(folder: RunFolder) -> tuple[Task, Callable[[Case], Prediction]]:
     Raises:
         Stop: (`CONFIG`) no one model is the result; (`NO_RUN`, `CHECKPOINT_DAMAGED`) there is none.
     """
-    run, study = folder.path, Study.of(folder.settings.plan)
-    check_whole(run, study)
-    task = study.task
-    says, tempered = build_strategy(study.plan).says(task, result(run)), _tempered(run, task)
-    return task, lambda case: tempered(says(case))
+    study = Study.of(folder.settings.plan)
+    check_whole(folder.path, study)
+    return study.task, says_of(folder.path, study)
+
+
+def says_of(run: Path, study: Study) -> Callable[[Case], Prediction]:
+    """What a whole result says of a case, at the temperature it was calibrated to.
+
+    Raises:
+        Stop: (`NO_RUN`, `CHECKPOINT_DAMAGED`) there is none.
+    """
+    says, tempered = build_strategy(study.plan).says(study.task, result(run)), _tempered(run, study.task)
+    return lambda case: tempered(says(case))
 
 
 def check_whole(run: Path, study: Study) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from server.predict import at_home, model_of
+from server.predict import at_home, says_of
 from server.runfolder import RunFolder
 from server.simulate import Federation
 from strategies.base import Study
@@ -22,9 +22,10 @@ def examples(run: Path) -> list[tuple[str, Case, Prediction]]:
         Stop: the run, its newest checkpoint or its data cannot be read.
     """
     folder = RunFolder.open(run)
-    if at_home(Study.of(folder.settings.plan)):
+    study = Study.of(folder.settings.plan)
+    if at_home(study):
         return []
-    _, says = model_of(folder)
+    says = says_of(folder.path, study)
     federation = Federation.of(folder.settings.data, folder.settings.plan)
     shown = []
     with torch.no_grad():

@@ -83,7 +83,7 @@ class Central(Strategy):
             raise Stop(Exit.CONFIG, f"{text} (BatchNorm); use privacy.swap_norms=true")
 
     def __post_init__(self) -> None:
-        for name in ("stateful", "personalises", "fits", "tells", "scored"):
+        for name in ("stateful", "whole", "personalises", "fits", "tells", "scored"):
             object.__setattr__(self, name, getattr(self.inner, name))
 
     # ---- both ends
